@@ -1,0 +1,1 @@
+"""Pixels to embeddings: decoding, detection, alignment, quality, the embedder."""

@@ -1,0 +1,398 @@
+"""Find the faces of a photo: CenterFace, at the scales and orientations that the photo needs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from service.domain import Box, Face, Image
+from service.vision.alignment import TEMPLATE_112
+from service.vision.manifest import DetectorManifest, ModelError, load_detector_manifest
+from service.vision.onnx import OnnxModel
+from service.vision.quality import assess
+
+Floats: TypeAlias = NDArray[np.float64]
+Bools: TypeAlias = NDArray[np.bool_]
+
+SCORE_THRESHOLD = 0.5
+"""Least detection score of a face. On 1500 CelebA photos every portrait scores 0.6 or more; of what else is
+found above 0.5 all were faces in the background, between 0.3 and 0.4 about half were hands, hair and ears."""
+
+HINT_THRESHOLD = 0.35
+"""Score from which something small is worth a closer look, at a finer scale. A face 14 px wide, which scores
+over 0.5 only every second time, scores this nine times out of ten."""
+
+OVERLAP = 0.4
+"""Intersection over union above which two boxes are the same face."""
+
+CONTAINMENT = 0.7
+"""Share of the smaller box inside the larger one above which they are the same face."""
+
+WORKING_SIDE = 480
+"""Longest side of what the network sees first, pixels. Faces of 5 to 50 % of the photo are then between
+:data:`SMALL_FACE` and :data:`LARGE_FACE` wide, and one run of 20 to 35 ms on a core is enough."""
+
+COARSE_SIDE = 160
+"""Longest side of the second look at a photo that a face may fill or overfill."""
+
+COARSE_BORDER = 32
+"""Black border around the coarse look, pixels: faces that the photo's edge cuts score higher with it."""
+
+FINE_SIDE = 1600
+"""Longest side of the closer look at small faces, at most. About 400 ms on a core at this size."""
+
+FINE_FACE = 64.0
+"""The closer look makes the smallest face this wide, pixels, as far as photo and :data:`FINE_SIDE` allow."""
+
+COARSE_FACE = 128.0
+"""The coarser look at a large face makes it this wide, pixels."""
+
+SMALL_FACE = 24.0
+LARGE_FACE = 250.0
+"""Widths in pixels of what the network sees between which its landmarks are good. Error in units of the
+distance between the eyes, 80 CelebA faces resized: 0.15 at 14 px, 0.09 at 20, 0.05 at 29 to 58, 0.035 at 88
+to 176, 0.05 at 263, 0.07 at 351, 0.13 at 527. A face outside is looked at again at a better scale."""
+
+CONFIDENT_SCORE = 0.6
+"""Score of a face that settles by itself that a photo is upright, if its landmarks agree."""
+
+SURE_SCORE = 0.8
+"""The same where the first look at the upright photo has left doubt."""
+
+CONFIDENT_MISFIT = 9.0
+"""Root mean square distance of the landmarks from the template under the best similarity transform, pixels of
+the 112×112 crop, up to which landmarks support an orientation."""
+
+MAX_ROLL = 50.0
+"""Degrees from upright beyond which a face is turned. Above 45, so that each face is upright in one of four
+orientations at least."""
+
+MAX_ASPECT = 1.1
+"""Width over height of a box beyond which a face is turned. Upright faces are at 0.6 to 0.95, faces rotated by
+90 degrees at 1.2 to 2."""
+
+_ORIENTATIONS = (0, 1, 3, 2)
+"""Quarter turns in the order in which they are tried: a camera is held sideways more often than upside down."""
+
+MIN_SIDE = 4.0
+"""Sides of a box below which it is no face, pixels of what the network sees."""
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What one look, or several, found: N faces in pixels of the photo.
+
+    ``boxes``: ``[N, 4]`` left, top, right, bottom. ``landmarks``: ``[N, 5, 2]``. ``scores``: ``[N]``.
+    ``widths``: ``[N]``, in pixels of what the network saw. ``upright``, ``confident``: ``[N]``, see
+    :func:`_posture`. ``turns``: ``[N]``, quarter turns of the photo in which the face was found.
+    """
+
+    boxes: Floats
+    landmarks: Floats
+    scores: Floats
+    widths: Floats
+    upright: Bools
+    confident: Bools
+    turns: NDArray[np.intp]
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def where(self, chosen: NDArray[Any]) -> _Found:
+        """The faces of a mask ``bool[N]`` or of indices."""
+        return _Found(**{name: values[chosen] for name, values in vars(self).items()})
+
+    def faces(self) -> _Found:
+        """Those with the score of a face, without mere hints."""
+        return self.where(self.scores >= SCORE_THRESHOLD)
+
+
+class FaceDetector:
+    """CenterFace with all that a real photo needs. Safe to use from several threads.
+
+    Xu et al. 2019, "CenterFace: Joint Face Detection and Alignment Using Face as Point" (arXiv:1911.03599).
+    """
+
+    def __init__(self, manifest: DetectorManifest, network: OnnxModel, least_score: float = SCORE_THRESHOLD) -> None:
+        """``least_score``: what is reported; a lower one suits photos that are known to show a face."""
+        maps = manifest.output
+        names = (maps.heatmap, maps.scale, maps.offset, maps.landmarks)
+        if set(network.inputs) != {manifest.input.name} or not set(names) <= set(network.outputs):
+            raise ModelError(f"{manifest.model_id}: the network's inputs or outputs are not the manifest's")
+        order = list(network.outputs)
+        self._indices = [order.index(name) for name in names]
+        self._manifest = manifest
+        self._network = network
+        self._least_score = least_score
+        self._mean = np.array(manifest.input.mean, dtype=np.float32)
+        self._divisor = np.array(manifest.input.divisor, dtype=np.float32)
+
+    @classmethod
+    def load(cls, folder: Path, threads: int = 1, least_score: float = SCORE_THRESHOLD) -> FaceDetector:
+        """The detector of ``models/<model_id>``, on at most ``threads`` cores for each call.
+
+        ``least_score``: what is reported; a lower one suits photos that are known to show a face. Raises
+        :class:`~service.vision.manifest.ModelError` if the folder is not a sound detector.
+        """
+        manifest = load_detector_manifest(folder)
+        return cls(manifest, OnnxModel(folder / manifest.file, threads), least_score)
+
+    @property
+    def manifest(self) -> DetectorManifest:
+        """What ``manifest.json`` says."""
+        return self._manifest
+
+    def detect(self, image: Image) -> list[Face]:
+        """Every face of ``image`` (``uint8[H, W, 3]``, RGB), the largest box first; none is ``[]``.
+
+        Coordinates are pixels of ``image``: boxes with the pixel (0, 0) from 0 to 1, landmarks with its
+        centre at (0, 0). All are finite, boxes have an area, reach at most half a side beyond the photo and
+        have their middle in it; landmarks are at most half a side of the box outside the box.
+
+        One look at :data:`WORKING_SIDE` is all that most photos need. Further looks are taken:
+
+        - coarse, when no face in it is certainly upright: one may fill the photo;
+        - the three other orientations, when still none is, or when a face lies on its side or upside down.
+          The network finds turned faces with scores up to 0.95 and landmarks that turn along, only roughly,
+          so that the landmarks tell an orientation and the score does not. The first orientation in which a
+          face is certainly upright and none is turned is kept. If there is none, certain faces of every
+          orientation are, and the others of the photo as it is if their scores outweigh;
+        - finer or coarser, when a face is too small or too large for good landmarks.
+
+        Raises ValueError if ``image`` is not of that shape and type.
+        """
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
+            raise ValueError(f"uint8[H, W, 3] is needed, not {image.dtype}{list(image.shape)}")
+        found, turns = self._oriented(image)
+        found = self._refined(image, found, turns)
+        # A face that is upright in no orientation is no face.
+        faces = found.where(found.upright & (found.scores >= self._least_score))
+        order = np.argsort(-_areas(faces.boxes), kind="stable")
+        return [_face(image, faces, int(index)) for index in order]
+
+    def _oriented(self, image: Image) -> tuple[_Found, int]:
+        """Faces and hints of the best orientation, and which one it is in quarter turns."""
+        looks: dict[int, _Found] = {}
+        for turns in _ORIENTATIONS:
+            look = self._look(image, WORKING_SIDE, turns)
+            # People may be turned differently: a face that was upright before must not be given up.
+            undisputed = not any(earlier.confident.any() for earlier in looks.values())
+            if undisputed and _settled(look, CONFIDENT_SCORE if turns == 0 else SURE_SCORE):
+                return look, turns
+            close = self._look(image, COARSE_SIDE, turns, COARSE_BORDER)
+            look = _merged([look, close])
+            if undisputed and _settled(look, SURE_SCORE):
+                return look, turns
+            looks[turns] = look
+        # Four looks at anything are four chances to take it for a face: those turned must be certain.
+        for turns in _ORIENTATIONS[1:]:
+            looks[turns] = looks[turns].where(_certain(looks[turns]))
+        best = max(_ORIENTATIONS, key=lambda turns: _support(looks[turns]))
+        if best != 0:
+            looks[0] = looks[0].where(_certain(looks[0]))
+        return _merged([looks[turns] for turns in _ORIENTATIONS]), best
+
+    def _refined(self, image: Image, found: _Found, turns: int) -> _Found:
+        """``found``, with faces that another scale shows better replaced, and those that it adds."""
+        longest = max(image.shape[:2])
+        looks = [found]
+        faces = found.faces()
+        if len(faces) and faces.widths.max() > LARGE_FACE:
+            side = longest * COARSE_FACE / _widths(faces).max()
+            looks.append(self._look(image, side, turns, COARSE_BORDER))
+        upright = found.where(found.upright)
+        if not len(upright) or upright.widths.min() < SMALL_FACE:
+            wanted = longest * FINE_FACE / _widths(upright).min() if len(upright) else FINE_SIDE
+            side = min(FINE_SIDE, longest, wanted)
+            if side > WORKING_SIDE:
+                looks.append(self._look(image, side, turns))
+        return looks[0] if len(looks) == 1 else _merged(looks)
+
+    def _look(self, image: Image, side: float, turns: int = 0, border: int = 0) -> _Found:
+        """One run of the network on ``image``, shrunk to ``side`` and rotated by ``turns`` quarter turns."""
+        height, width = image.shape[:2]
+        factor = min(1.0, side / max(height, width))
+        seen = (max(1, round(width * factor)), max(1, round(height * factor)))
+        small = cv2.resize(image, seen, interpolation=cv2.INTER_AREA) if factor < 1 else image
+        small = np.rot90(small, turns)
+        found = self._run(np.asarray(small, dtype=np.uint8), border, turns)
+        return _to_photo(found, seen, (width, height))
+
+    def _run(self, image: Image, border: int, turns: int) -> _Found:
+        """Faces and hints in ``image`` as it is, in its own pixels."""
+        height, width = image.shape[:2]
+        multiple = self._manifest.input.multiple
+        padded_size = [math.ceil((side + 2 * border) / multiple) * multiple for side in (height, width)]
+        padded = np.zeros((*padded_size, 3), dtype=np.float32)
+        padded[border : border + height, border : border + width] = (image - self._mean) / self._divisor
+        batch = np.ascontiguousarray(padded.transpose(2, 0, 1))[None]
+        outputs = self._network.run({self._manifest.input.name: batch})
+        maps = [outputs[index][0] for index in self._indices]
+        least = min(HINT_THRESHOLD, self._least_score)
+        return _decoded(maps, self._manifest.output.stride, border, (width, height), turns, least)
+
+
+def _decoded(
+    maps: Sequence[NDArray[np.float32]], stride: int, border: int, size: tuple[int, int], turns: int, least: float
+) -> _Found:
+    """Faces and hints of the heatmap, scale, offset and landmark maps ``[C, h, w]``, without overlaps.
+
+    What each map holds stands in :class:`~service.vision.manifest.PointMaps`. Whatever is not a face by its
+    geometry (not finite, without area, larger than the photo by far, its middle outside) is left out.
+    """
+    heatmap = maps[0][0]
+    finite = np.logical_and.reduce([np.isfinite(values).all(axis=0) for values in maps])
+    rows, columns = np.nonzero(finite & (heatmap >= least))
+    scale, offset, points = (values[:, rows, columns].astype(np.float64) for values in maps[1:])
+    # What would overflow is cut to what the next lines throw away.
+    sides = np.exp(np.clip(scale, -20, 20)) * stride
+    middle_y = (rows + offset[0] + 0.5) * stride - border
+    middle_x = (columns + offset[1] + 0.5) * stride - border
+    sides_xy = sides[::-1].T
+    middle = np.stack([middle_x, middle_y], axis=1)
+    corner = middle - sides_xy / 2
+    boxes = np.concatenate([corner, corner + sides_xy], axis=1)
+    landmarks = np.stack([points[1::2], points[0::2]], axis=-1).transpose(1, 0, 2)
+    landmarks = corner[:, None] + np.clip(landmarks, -0.5, 1.5) * sides_xy[:, None]
+    upright, confident = _posture(boxes, landmarks, heatmap[rows, columns])
+    found = _Found(
+        boxes=boxes,
+        landmarks=landmarks,
+        scores=np.minimum(heatmap[rows, columns].astype(np.float64), 1.0),
+        widths=np.minimum(sides_xy[:, 0], sides_xy[:, 1]),
+        upright=upright,
+        confident=confident,
+        turns=np.full(len(rows), turns),
+    )
+    limits = np.array(size, dtype=np.float64)
+    plausible = (
+        (np.ptp(landmarks, axis=1).max(axis=1, initial=0.0) > 1.0)
+        & (sides_xy >= MIN_SIDE).all(axis=1)
+        & (sides_xy <= 2 * limits + MIN_SIDE).all(axis=1)
+        & (middle >= 0).all(axis=1)
+        & (middle <= limits).all(axis=1)
+    )
+    return _without_overlaps(found.where(plausible))
+
+
+def _posture(boxes: Floats, landmarks: Floats, scores: NDArray[Any]) -> tuple[Bools, Bools]:
+    """Which faces stand upright in what the network saw, and which of those leave no doubt.
+
+    The landmarks are compared with the 112×112 template by the similarity transform that fits best, whose
+    angle and residual tell. Of 300 CelebA photos, rotated by 90, 180 and 270 degrees, none of the 900 faces
+    found is confident; of the same photos as they are, 298.
+    """
+    template = TEMPLATE_112.astype(np.float64) @ np.array([1, 1j])
+    template = template - template.mean()
+    points = landmarks @ np.array([1, 1j])
+    points = points - points.mean(axis=1, keepdims=True)
+    spread = np.maximum((np.abs(points) ** 2).sum(axis=1), 1e-12)
+    turn = (points.conj() @ template) / spread
+    roll = np.degrees(np.abs(np.angle(turn)))
+    misfit = np.sqrt((np.abs(turn[:, None] * points - template) ** 2).mean(axis=1))
+    sides = boxes[:, 2:] - boxes[:, :2]
+    upright = (roll <= MAX_ROLL) & (sides[:, 0] <= MAX_ASPECT * sides[:, 1])
+    return upright, upright & (scores >= CONFIDENT_SCORE) & (misfit <= CONFIDENT_MISFIT)
+
+
+def _to_photo(found: _Found, seen: tuple[int, int], size: tuple[int, int]) -> _Found:
+    """From pixels of the rotated small picture to pixels of the photo.
+
+    ``seen``, ``size``: width and height of the small picture before it was rotated, and of the photo.
+    """
+    if not len(found):
+        return found
+    turns = int(found.turns[0])
+    ratio = np.array(size, dtype=np.float64) / seen
+
+    def back(points: Floats) -> Floats:
+        x, y = points[..., 0], points[..., 1]
+        width, height = seen
+        if turns == 1:
+            x, y = width - y, x
+        elif turns == 2:
+            x, y = width - x, height - y
+        elif turns == 3:
+            x, y = y, height - x
+        return np.stack([x, y], axis=-1) * ratio
+
+    corners = back(found.boxes.reshape(-1, 2, 2))
+    boxes = np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)
+    return replace(found, boxes=boxes, landmarks=back(found.landmarks))
+
+
+def _settled(found: _Found, score: float) -> bool:
+    """This orientation is right: a confident face of at least this score says so, none says otherwise."""
+    return bool((found.confident & (found.scores >= score)).any()) and bool(found.faces().upright.all())
+
+
+def _certain(found: _Found) -> Bools:
+    """Faces to believe where the orientation is in doubt; a head in profile fits the template badly."""
+    return found.confident | (found.upright & (found.scores >= SURE_SCORE))
+
+
+def _support(found: _Found) -> float:
+    """Sum of the scores of the faces that are upright in an orientation."""
+    faces = found.faces()
+    return float(faces.scores[faces.upright].sum())
+
+
+def _merged(looks: Sequence[_Found]) -> _Found:
+    """All faces of several looks at one photo, each once, as the look saw it that suits it best."""
+    names = vars(looks[0])
+    return _without_overlaps(_Found(**{n: np.concatenate([vars(look)[n] for look in looks]) for n in names}))
+
+
+def _without_overlaps(found: _Found) -> _Found:
+    """Greedy suppression: the best face stays, what overlaps it goes, then the best of the rest."""
+    remaining = np.argsort(-_worth(found), kind="stable")
+    kept: list[int] = []
+    boxes, areas = found.boxes, _areas(found.boxes)
+    while len(remaining):
+        best, remaining = int(remaining[0]), remaining[1:]
+        kept.append(best)
+        low = np.maximum(boxes[best, :2], boxes[remaining, :2])
+        high = np.minimum(boxes[best, 2:], boxes[remaining, 2:])
+        shared = np.prod(np.maximum(high - low, 0.0), axis=1)
+        union = areas[best] + areas[remaining] - shared
+        smaller = np.minimum(areas[best], areas[remaining])
+        remaining = remaining[(shared <= OVERLAP * union) & (shared <= CONTAINMENT * smaller)]
+    return found.where(np.array(kept, dtype=np.intp))
+
+
+def _worth(found: _Found) -> Floats:
+    """Which of two views of one face to keep: upright before turned, then score, at a size that suits."""
+    widths = np.maximum(found.widths, 1.0)
+    suits = np.sqrt(np.minimum(1.0, np.minimum(widths / (2 * SMALL_FACE), LARGE_FACE / widths)))
+    worth: Floats = found.scores * suits * np.where(found.upright, 1.0, 0.1)
+    return worth
+
+
+def _widths(found: _Found) -> Floats:
+    """The shorter sides of the boxes, pixels of the photo."""
+    sides: Floats = (found.boxes[:, 2:] - found.boxes[:, :2]).min(axis=1)
+    return sides
+
+
+def _areas(boxes: Floats) -> Floats:
+    return np.asarray((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]), dtype=np.float64)
+
+
+def _face(image: Image, found: _Found, index: int) -> Face:
+    left, top, right, bottom = (float(value) for value in found.boxes[index])
+    # The network measures from the corner of the first pixel, landmarks count from its centre.
+    landmarks = (found.landmarks[index] - 0.5).astype(np.float32)
+    box = Box(x=left, y=top, width=right - left, height=bottom - top)
+    return Face(
+        box=box,
+        landmarks=landmarks,
+        detection_score=float(found.scores[index]),
+        quality=assess(image, box, landmarks),
+    )

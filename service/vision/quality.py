@@ -1,0 +1,128 @@
+"""How well a face can be recognised later: its size, sharpness and pose."""
+
+from __future__ import annotations
+
+import math
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from service.domain import Box, Face, Image, Landmarks, Quality
+from service.errors import FaceTooSmall, LowQuality, VultusError
+from service.vision.alignment import TEMPLATE_112, align
+
+MIN_SIZE = 32.0
+"""Pixels of the box's shorter side below which a face is not enrolled."""
+
+MIN_SHARPNESS = 0.1
+"""Sharpness below which a face is not enrolled."""
+
+MAX_YAW = 60.0
+"""Degrees to either side beyond which a face is not enrolled: one eye is hidden."""
+
+MAX_PITCH = 45.0
+"""Degrees up or down beyond which a face is not enrolled."""
+
+MIN_SCORE = 0.5
+"""Detection score below which a face is not enrolled."""
+
+HALF_SHARP = 60.0
+"""Variance of the Laplacian, in squared grey levels, at which sharpness is 0.5."""
+
+_CROP_SIZE = 112
+_CENTRE = slice(24, 104), slice(20, 92)
+"""Rows and columns of the crop that eyes, nose and mouth fill; hair and background would count otherwise."""
+
+_MODEL: NDArray[np.float64] = np.array(
+    [[-0.5, 0.0, 0.0], [0.5, 0.0, 0.0], [0.0, 0.59, -0.44], [-0.43, 1.03, 0.0], [0.43, 1.03, 0.0]]
+)
+"""An average head's landmarks, x to the right, y down, z away from the viewer; unit: distance between the
+eyes. x and y are the median of CenterFace's landmarks on frontal portraits, the nose's z is what makes its
+shift in turned heads agree with the foreshortened distance between their eyes."""
+
+_FIT: NDArray[np.float64] = np.linalg.pinv(_MODEL - _MODEL.mean(axis=0))
+
+
+def assess(image: Image, box: Box, landmarks: Landmarks) -> Quality:
+    """Size, sharpness and pose of one face.
+
+    ``image``: ``uint8[H, W, 3]``, RGB. ``box`` and ``landmarks`` (``float32[5, 2]``): in its pixels. What the
+    numbers mean stands in :class:`service.domain.Quality`. Never raises: landmarks that do not determine a
+    face give sharpness 0 and a yaw of 90.
+    """
+    try:
+        yaw, pitch, roll = head_pose(landmarks)
+        sharpness = _sharpness(image, landmarks)
+    except ValueError:
+        yaw, pitch, roll, sharpness = 90.0, 0.0, 0.0, 0.0
+    return Quality(size=float(min(box.width, box.height)), sharpness=sharpness, yaw=yaw, pitch=pitch, roll=roll)
+
+
+def head_pose(landmarks: Landmarks) -> tuple[float, float, float]:
+    """Yaw, pitch and roll in degrees, from ``float32[5, 2]`` landmarks alone.
+
+    An average head is fitted under scaled orthography ("POS" of DeMenthon & Davis 1995, "Model-based object
+    pose in 25 lines of code"): least squares for the affine camera, then the nearest rotation. With the
+    rotation taken apart as roll · yaw · pitch, positive yaw looks to the viewer's right, positive pitch up,
+    and positive roll is clockwise in the photo. Yaw and pitch are within ±90, roll within ±180. A real head
+    differs from the average one: expect errors of about 10 degrees, more in pitch. Raises ValueError if the
+    landmarks do not determine a pose.
+    """
+    points = np.asarray(landmarks, dtype=np.float64)
+    if points.shape != (5, 2) or not np.isfinite(points).all():
+        raise ValueError("five finite points (x, y) are needed")
+    camera = (_FIT @ (points - points.mean(axis=0))).T
+    if float(np.abs(camera).max()) < 1e-9:
+        raise ValueError("all landmarks coincide")
+    left, _, right = np.linalg.svd(camera, full_matrices=False)
+    first, second = left @ right
+    third = np.cross(first, second)
+    yaw = math.asin(max(-1.0, min(1.0, float(third[0]))))
+    # Only the front of a head has landmarks, so that a pitch beyond ±90 is the fit's failure.
+    pitch = -math.atan2(float(third[1]), max(0.0, float(third[2])))
+    roll = math.atan2(float(second[0]), float(first[0]))
+    return math.degrees(yaw), math.degrees(pitch), math.degrees(roll)
+
+
+def enrolment_problem(face: Face) -> VultusError | None:
+    """Why this face should not be enrolled, as an error to raise or report; None if it is good enough.
+
+    :class:`~service.errors.FaceTooSmall` or :class:`~service.errors.LowQuality`, with the measured number and
+    the limit in plain words. Of several reasons the first of size, score, pose and sharpness is told.
+    """
+    quality = face.quality
+    if quality.size < MIN_SIZE:
+        return FaceTooSmall(f"The face is {quality.size:.0f} pixels across; at least {MIN_SIZE:.0f} are needed.")
+    if face.detection_score < MIN_SCORE:
+        return LowQuality(
+            f"The detector is not sure that this is a face: score {face.detection_score:.2f}, "
+            f"at least {MIN_SCORE:.2f} is needed."
+        )
+    if abs(quality.yaw) > MAX_YAW:
+        return LowQuality(
+            f"The face is turned {abs(quality.yaw):.0f} degrees to the side; at most {MAX_YAW:.0f} are usable."
+        )
+    if abs(quality.pitch) > MAX_PITCH:
+        direction = "up" if quality.pitch > 0 else "down"
+        return LowQuality(
+            f"The face is tilted {abs(quality.pitch):.0f} degrees {direction}; at most {MAX_PITCH:.0f} are usable."
+        )
+    if quality.sharpness < MIN_SHARPNESS:
+        return LowQuality(
+            f"The face is blurred: sharpness {quality.sharpness:.2f}, at least {MIN_SHARPNESS:.2f} is needed."
+        )
+    return None
+
+
+def _sharpness(image: Image, landmarks: Landmarks) -> float:
+    """v / (v + HALF_SHARP) with v the variance of the Laplacian over the middle of the 112×112 crop.
+
+    Pech-Pacheco et al. 2000, "Diatom autofocusing in brightfield microscopy". The fixed scale makes faces of
+    different sizes comparable: detail that the crop cannot hold does not count, a small face that is
+    enlarged to fill the crop is as blurred as it looks.
+    """
+    crop = align(image, landmarks, TEMPLATE_112, _CROP_SIZE)
+    grey = cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY)[_CENTRE]
+    variance = float(cv2.Laplacian(grey, cv2.CV_64F).var())
+    return variance / (variance + HALF_SHARP)

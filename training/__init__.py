@@ -1,0 +1,1 @@
+"""Vultus, the offline half: prepare, train, measure, export."""
