@@ -1,0 +1,1 @@
+"""The index: which enrolled faces are most similar to a probe."""
