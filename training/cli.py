@@ -1,0 +1,174 @@
+"""The ``vultus-train`` command."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from service.vision.manifest import ModelError
+from training.calibrate import Origin
+from training.calibrate import calibrate as calibrate_model
+from training.convert import ConversionError, convert_centerface, convert_dlib
+from training.data import DataError, Layout, Role, celeba_photos, folder_photos
+from training.evaluate import EvaluationSet, draw, read_figures, table, update_document, write_figures
+from training.evaluate import evaluate as evaluate_model
+from training.metrics import RESAMPLES
+from training.prepare import Alignment, Counts
+from training.prepare import prepare as prepare_crops
+
+app = typer.Typer(no_args_is_help=True, help="Convert, prepare, calibrate and evaluate models. See docs/training.md.")
+convert = typer.Typer(no_args_is_help=True, help="Rewrite other people's weights as models that the service loads.")
+app.add_typer(convert, name="convert")
+
+_MODELS = Path("models")
+
+Source = Annotated[Path | None, typer.Option(help="The weights file; without it, it is fetched.")]
+Model = Annotated[Path, typer.Option(help="Folder of the embedder.")]
+Crops = Annotated[Path, typer.Option(help="Folder that `prepare` has filled for this embedder.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Cores to use. Default: all.")]
+
+
+@convert.command("centerface")
+def centerface(
+    source: Source = None,
+    out: Annotated[Path, typer.Option(help="Folder to write.")] = _MODELS / "centerface",
+) -> None:
+    """The CenterFace detector (MIT)."""
+    with _explained():
+        manifest = convert_centerface(source, out)
+    typer.echo(f"{out}: {manifest.model_id}, {manifest.license.spdx}")
+
+
+@convert.command("dlib")
+def dlib(
+    source: Source = None,
+    out: Annotated[Path, typer.Option(help="Folder to write.")] = _MODELS / "dlib-resnet",
+) -> None:
+    """dlib's face network (public domain)."""
+    with _explained():
+        manifest = convert_dlib(source, out)
+    typer.echo(f"{out}: {manifest.model_id}, {manifest.license.spdx}")
+
+
+@app.command()
+def prepare(
+    data: Annotated[Path, typer.Option(help="The data-set folder.")],
+    out: Annotated[Path, typer.Option(help="Folder for the crops. Photos of people go there: keep it private.")],
+    layout: Annotated[
+        Layout, typer.Option(help="celeba: CelebA-500 and celebA_ir; folders: one folder for each person.")
+    ] = Layout.CELEBA,
+    role: Annotated[
+        list[Role] | None,
+        typer.Option(help="celeba: only people of this role, repeatable, default all. folders: the role of all."),
+    ] = None,
+    model: Model = _MODELS / "dlib-resnet",
+    detector: Annotated[Path, typer.Option(help="Folder of the detector.")] = _MODELS / "centerface",
+    alignment: Annotated[Alignment, typer.Option(help="The service uses eye-line.")] = Alignment.EYE_LINE,
+    like_queries: Annotated[
+        bool, typer.Option("--like-queries", help="Cut 178×218 photos as tight as celebA_ir's first.")
+    ] = False,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Photos at a time, one core each. Default: all cores.")
+    ] = None,
+) -> None:
+    """Find the faces of a data set and cut the crops of one embedder. Can be interrupted and repeated."""
+    with _explained():
+        if layout is Layout.CELEBA:
+            photos = celeba_photos(data, role or tuple(Role))
+        else:
+            if role is None or len(role) != 1:
+                raise DataError("say with one --role what these people are for, such as --role calibration")
+            photos = folder_photos(data, role[0])
+        summary = prepare_crops(
+            photos,
+            data,
+            out,
+            layout=layout,
+            embedder=model,
+            detector=detector,
+            alignment=alignment,
+            like_queries=like_queries,
+            jobs=jobs or _cores(),
+        )
+    for name, counts in summary.acquired.items():
+        typer.echo(f"{name}: {_told(counts)}")
+
+
+@app.command()
+def calibrate(
+    crops: Crops,
+    model: Model = _MODELS / "dlib-resnet",
+    source: Annotated[str | None, typer.Option(help="What the photos are; needed unless they are CelebA's.")] = None,
+    terms: Annotated[str | None, typer.Option(help="What terms apply to them; needed with --source.")] = None,
+    threads: Threads = None,
+) -> None:
+    """Write calibration.json for an embedder, from the people of role calibration."""
+    with _explained():
+        if (source is None) != (terms is None):
+            raise DataError("--source and --terms go together")
+        origin = Origin(source, terms) if source is not None and terms is not None else None
+        path = calibrate_model(model, crops, origin=origin, threads=threads or _cores())
+    typer.echo(f"{path} written")
+
+
+@app.command()
+def evaluate(
+    crops: Crops,
+    model: Model = _MODELS / "dlib-resnet",
+    role: Annotated[
+        EvaluationSet, typer.Option(help="celebA_ir reports a final model; validation compares choices.")
+    ] = EvaluationSet.CELEBA_IR,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the figures as JSON and the curves of all figures in it as PNG.")
+    ] = None,
+    document: Annotated[
+        Path | None, typer.Option(help="Markdown file whose table is written anew from --out; see docs/training.md.")
+    ] = None,
+    flip: Annotated[
+        bool | None, typer.Option("--flip/--no-flip", help="Overrule the manifest, on validation only.")
+    ] = None,
+    resamples: Annotated[int, typer.Option(min=0, help="Draws of people for the intervals.")] = RESAMPLES,
+    threads: Threads = None,
+) -> None:
+    """True-positive rates of an embedder at false-positive rates from 0.5 to 0.001."""
+    with _explained():
+        if document is not None and out is None:
+            raise DataError("--document needs --out, from which it is written")
+        figures = evaluate_model(model, crops, role, flip=flip, resamples=resamples, threads=threads or _cores())
+        if out is not None:
+            write_figures(figures, out)
+            everything = read_figures(out, role)
+            draw(everything, out / f"{role}.png")
+            if document is not None:
+                update_document(document, role, table(everything))
+    typer.echo(table([figures]))
+
+
+def _told(counts: Counts) -> str:
+    return (
+        f"{counts.photos} photos, {counts.detector} faces found by the detector, "
+        f"{counts.fallback} cut by the fallback, {counts.none} left out"
+    )
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """What the user can mend ends in one line and exit status 2."""
+    try:
+        yield
+    except (DataError, ModelError, ConversionError, OSError) as error:
+        typer.echo(f"vultus-train: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(2) from error
+
+
+if __name__ == "__main__":
+    app()
