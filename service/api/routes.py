@@ -1,0 +1,425 @@
+"""The routes: HTTP in and out, no logic."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from service import errors
+from service.api import schemas
+from service.api.auth import Admin, Reader, Writer
+from service.api.bodies import read_body, request_body
+from service.api.examples import example
+from service.api.parts import Parts
+from service.api.problems import responses
+from service.api.schemas import Fpr, GalleryName, SubjectName
+from service.domain import DEFAULT_GALLERY
+from service.errors import InvalidRequest, NotReady
+
+router = APIRouter()
+
+_KEY = (errors.Unauthorized, errors.Forbidden, errors.NotReady, errors.InternalError)
+_BODY = (
+    *_KEY,
+    errors.InvalidRequest,
+    errors.UnsupportedMediaType,
+    errors.ImageTooLarge,
+    errors.Overloaded,
+    errors.StorageFull,
+)
+_PHOTO = (*_BODY, errors.InvalidImage, errors.TooManyPixels, errors.NoFace)
+_SEARCH = (errors.GalleryNotFound, errors.ModelMismatch)
+
+_BASE64 = "/9j/4AAQSkZJRg…"
+
+GalleryQuery = Annotated[GalleryName, Query(description="The gallery's name.")]
+
+
+def _parts(request: Request) -> Parts:
+    parts: Parts = request.app.state.parts
+    return parts
+
+
+# --- photos
+
+
+@router.post(
+    "/detect",
+    tags=["photos"],
+    summary="Find the faces in a photo",
+    responses={200: example("DetectAnswer"), **responses(*_BODY, errors.InvalidImage, errors.TooManyPixels)},
+    openapi_extra=request_body(schemas.DetectBody, {"image": _BASE64}),
+)
+async def detect(request: Request, _: Reader) -> schemas.DetectAnswer:
+    """Return every face, the largest first. None is an empty list."""
+    parts = _parts(request)
+    async with parts.workers.admitted():
+        body = await read_body(request, schemas.DetectBody)
+        faces = await parts.workers.run(parts.recognizer.detect, body.image)
+    return schemas.DetectAnswer(faces=[schemas.face(face) for face in faces])
+
+
+@router.post(
+    "/embed",
+    tags=["photos"],
+    summary="Turn the faces in a photo into embeddings",
+    responses={200: example("EmbedAnswer"), **responses(*_PHOTO)},
+    openapi_extra=request_body(schemas.EmbedBody, {"image": _BASE64}),
+)
+async def embed(request: Request, _: Reader) -> schemas.EmbedAnswer:
+    """Return every face with its embedding, a vector of length 1. Embeddings of two models cannot be compared."""
+    parts = _parts(request)
+    async with parts.workers.admitted():
+        body = await read_body(request, schemas.EmbedBody)
+        faces = await parts.workers.run(parts.recognizer.embed, body.image)
+    return schemas.EmbedAnswer(
+        model_id=parts.recognizer.model_id,
+        faces=[
+            schemas.EmbeddedFace(**schemas.face_fields(item.face), embedding=item.embedding.tolist()) for item in faces
+        ],
+    )
+
+
+@router.post(
+    "/enroll",
+    status_code=201,
+    tags=["recognition"],
+    summary="Enrol a person",
+    responses={
+        201: example("EnrollAnswer"),
+        **responses(*_PHOTO, *_SEARCH, errors.SeveralFaces, errors.FaceTooSmall, errors.LowQuality),
+    },
+    openapi_extra=request_body(schemas.EnrollBody, {"subject": "Ada", "images": [_BASE64], "metadata": {"badge": 7}}),
+)
+async def enroll(request: Request, key: Writer) -> schemas.EnrollAnswer:
+    """Add photos of one person, each showing exactly one usable face, and nobody else's.
+
+    Photos that cannot be used are listed in `rejected`; if that is all of them, the answer is 422 with the first
+    one's code. A photo that this subject has already is not stored twice. 201 means: it is on disk.
+    """
+    parts = _parts(request)
+    async with parts.workers.admitted():
+        body = await read_body(request, schemas.EnrollBody)
+        key.require(body.gallery)
+        done = await parts.workers.run(parts.recognizer.enroll, body.gallery, body.subject, body.images, body.metadata)
+    return schemas.enrollment(done)
+
+
+@router.post(
+    "/identify",
+    tags=["recognition"],
+    summary="Say who is in a photo",
+    responses={200: example("IdentifyAnswer"), **responses(*_PHOTO, *_SEARCH)},
+    openapi_extra=request_body(schemas.IdentifyBody, {"image": _BASE64, "fpr": 0.01, "top_k": 5}),
+)
+async def identify(request: Request, key: Reader) -> schemas.IdentifyAnswer:
+    """Answer every face: `match` with the subject, or `unknown`.
+
+    `fpr` is the share of strangers, on average, who are answered with somebody; the service derives the
+    `threshold` from it for the loaded model and the gallery's present size.
+    """
+    parts = _parts(request)
+    async with parts.workers.admitted():
+        body = await read_body(request, schemas.IdentifyBody)
+        key.require(body.gallery)
+        found = await parts.workers.run(parts.recognizer.identify, body.image, body.gallery, body.fpr, body.top_k)
+    return schemas.identification(found)
+
+
+@router.post(
+    "/verify",
+    tags=["recognition"],
+    summary="Say whether two faces are one person's",
+    responses={200: example("VerifyAnswer"), **responses(*_PHOTO, *_SEARCH, errors.SubjectNotFound)},
+    openapi_extra=request_body(schemas.VerifyBody, {"image_a": _BASE64, "image_b": _BASE64, "fpr": 0.001}),
+)
+async def verify(request: Request, key: Reader) -> schemas.VerifyAnswer:
+    """Compare the largest face of `image_a` with that of `image_b`, or with an enrolled `subject`."""
+    parts = _parts(request)
+    async with parts.workers.admitted():
+        body = await read_body(request, schemas.VerifyBody)
+        if body.subject is not None:
+            key.require(body.gallery)
+            found = await parts.workers.run(
+                parts.recognizer.verify_subject, body.image_a, body.gallery, body.subject, body.fpr
+            )
+        else:
+            found = await parts.workers.run(parts.recognizer.verify_photos, body.image_a, body.image_b or b"", body.fpr)
+    return schemas.verification(found)
+
+
+@router.post(
+    "/search-similar",
+    tags=["recognition"],
+    summary="Find the enrolled faces most similar to a face",
+    responses={200: example("SearchSimilarAnswer"), **responses(*_PHOTO, *_SEARCH, errors.FaceNotFound)},
+    openapi_extra=request_body(schemas.SearchSimilarBody, {"image": _BASE64, "top_k": 10}),
+)
+async def search_similar(request: Request, key: Reader) -> schemas.SearchSimilarAnswer:
+    """Return the most similar enrolled faces, whoever they are: of each face in `image`, or of `face_id`."""
+    parts = _parts(request)
+    recognizer = parts.recognizer
+    async with parts.workers.admitted():
+        body = await read_body(request, schemas.SearchSimilarBody)
+        if body.face_id is not None:
+            template = await parts.workers.run(recognizer.face, body.face_id)
+            key.require_face(template)
+            gallery = body.gallery or template.gallery
+            key.require(gallery)
+            found = await parts.workers.run(
+                recognizer.similar_to_face, template, gallery, body.top_k, body.min_similarity
+            )
+        else:
+            gallery = body.gallery or DEFAULT_GALLERY
+            key.require(gallery)
+            found = await parts.workers.run(
+                recognizer.similar_to_photo, body.image or b"", gallery, body.top_k, body.min_similarity
+            )
+    return schemas.similar(recognizer.model_id, gallery, found)
+
+
+@router.post(
+    "/search-unknown",
+    tags=["recognition"],
+    summary="Find everybody in a set of photos whom nobody enrolled",
+    responses={200: example("SearchUnknownAnswer"), **responses(*_BODY, *_SEARCH)},
+    openapi_extra=request_body(schemas.SearchUnknownBody, {"images": [_BASE64, _BASE64]}),
+)
+async def search_unknown(request: Request, key: Reader) -> schemas.SearchUnknownAnswer:
+    """Sort the faces of a photo set into enrolled people and strangers, the strangers grouped by person.
+
+    Photos that are broken or show no face are listed in `rejected`.
+    """
+    parts = _parts(request)
+    async with parts.workers.admitted():
+        body = await read_body(request, schemas.SearchUnknownBody)
+        key.require(body.gallery)
+        found = await parts.workers.run(parts.recognizer.search_unknown, body.images, body.gallery, body.fpr)
+    return schemas.unknown_search(found)
+
+
+# --- what is enrolled
+
+
+@router.get("/galleries", tags=["galleries"], summary="List the galleries", responses=responses(*_KEY))
+def galleries(request: Request, key: Reader) -> schemas.GalleriesAnswer:
+    """Return the galleries that the key opens."""
+    found = _parts(request).recognizer.galleries()
+    return schemas.GalleriesAnswer(galleries=[schemas.gallery(gallery) for gallery in found if key.sees(gallery.name)])
+
+
+@router.post(
+    "/galleries",
+    status_code=201,
+    tags=["galleries"],
+    summary="Make a gallery",
+    responses=responses(*_BODY, errors.GalleryExists),
+    openapi_extra=request_body(schemas.GalleryBody, {"gallery": "staff"}),
+)
+async def create_gallery(request: Request, key: Admin) -> schemas.Gallery:
+    """Make an empty gallery. Galleries know nothing of one another."""
+    parts = _parts(request)
+    body = await read_body(request, schemas.GalleryBody)
+    key.require(body.gallery)
+    return schemas.gallery(await parts.workers.run(parts.recognizer.create_gallery, body.gallery))
+
+
+@router.get(
+    "/galleries/{gallery}",
+    tags=["galleries"],
+    summary="Show a gallery",
+    responses=responses(*_KEY, errors.GalleryNotFound, errors.InvalidRequest),
+)
+def gallery(request: Request, gallery: GalleryName, key: Reader) -> schemas.Gallery:
+    """Return how much a gallery holds."""
+    key.require(gallery)
+    return schemas.gallery(_parts(request).recognizer.gallery(gallery))
+
+
+@router.delete(
+    "/galleries/{gallery}",
+    status_code=204,
+    tags=["galleries"],
+    summary="Delete a gallery",
+    responses=responses(*_KEY, errors.GalleryNotFound, errors.InvalidRequest, errors.StorageFull),
+)
+def delete_gallery(request: Request, gallery: GalleryName, key: Admin) -> None:
+    """Delete a gallery and everybody in it, for good. `default` cannot be deleted."""
+    key.require(gallery)
+    _parts(request).recognizer.delete_gallery(gallery)
+
+
+@router.get(
+    "/subjects",
+    tags=["subjects"],
+    summary="List the subjects of a gallery",
+    responses=responses(*_KEY, errors.GalleryNotFound, errors.InvalidRequest),
+)
+def subjects(
+    request: Request,
+    key: Reader,
+    gallery: GalleryQuery = DEFAULT_GALLERY,
+    cursor: Annotated[str | None, Query(max_length=64, description="`next_cursor` of the page before.")] = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+) -> schemas.SubjectsAnswer:
+    """Return a page of subjects in the order of enrolment."""
+    key.require(gallery)
+    found, after = _parts(request).recognizer.subjects(gallery, _after(cursor), limit)
+    return schemas.SubjectsAnswer(
+        subjects=[schemas.subject(subject) for subject in found],
+        next_cursor=None if after is None else base64.urlsafe_b64encode(b"s%d" % after).decode(),
+    )
+
+
+@router.get(
+    "/subjects/{subject:path}",
+    tags=["subjects"],
+    summary="Show a subject",
+    responses=responses(*_KEY, errors.GalleryNotFound, errors.SubjectNotFound, errors.InvalidRequest),
+)
+def subject(
+    request: Request, subject: SubjectName, key: Reader, gallery: GalleryQuery = DEFAULT_GALLERY
+) -> schemas.Subject:
+    """Return a subject's metadata and faces."""
+    key.require(gallery)
+    return schemas.subject(_parts(request).recognizer.subject(gallery, subject))
+
+
+@router.patch(
+    "/subjects/{subject:path}",
+    tags=["subjects"],
+    summary="Replace a subject's metadata",
+    responses=responses(*_BODY, errors.GalleryNotFound, errors.SubjectNotFound),
+    openapi_extra=request_body(schemas.SubjectPatch, {"metadata": {"badge": 8}}),
+)
+async def update_subject(
+    request: Request, subject: SubjectName, key: Writer, gallery: GalleryQuery = DEFAULT_GALLERY
+) -> schemas.Subject:
+    """Replace the whole metadata object; it comes back as it went in."""
+    parts = _parts(request)
+    key.require(gallery)
+    body = await read_body(request, schemas.SubjectPatch)
+    return schemas.subject(await parts.workers.run(parts.recognizer.update_subject, gallery, subject, body.metadata))
+
+
+@router.delete(
+    "/subjects/{subject:path}",
+    status_code=204,
+    tags=["subjects"],
+    summary="Delete a subject",
+    responses=responses(
+        *_KEY, errors.GalleryNotFound, errors.SubjectNotFound, errors.InvalidRequest, errors.StorageFull
+    ),
+)
+def delete_subject(
+    request: Request, subject: SubjectName, key: Writer, gallery: GalleryQuery = DEFAULT_GALLERY
+) -> None:
+    """Delete a subject with all templates and crops, for good: nothing stays in the data folder's files."""
+    key.require(gallery)
+    _parts(request).recognizer.delete_subject(gallery, subject)
+
+
+@router.get(
+    "/faces/{face_id}",
+    tags=["subjects"],
+    summary="Show an enrolled face",
+    responses=responses(*_KEY, errors.FaceNotFound, errors.InvalidRequest),
+)
+def face(request: Request, face_id: str, key: Reader) -> schemas.StoredFace:
+    """Return one enrolled face, without its vector."""
+    template = _parts(request).recognizer.face(face_id)
+    key.require_face(template)
+    return schemas.stored_face(template)
+
+
+@router.delete(
+    "/faces/{face_id}",
+    status_code=204,
+    tags=["subjects"],
+    summary="Delete an enrolled face",
+    responses=responses(*_KEY, errors.FaceNotFound, errors.InvalidRequest, errors.StorageFull),
+)
+def delete_face(request: Request, face_id: str, key: Writer) -> None:
+    """Delete one template and its crop, for good. The subject stays, even without a face."""
+    recognizer = _parts(request).recognizer
+    key.require_face(recognizer.face(face_id))
+    recognizer.delete_face(face_id)
+
+
+# --- what is loaded
+
+
+@router.get("/model", tags=["service"], summary="Show the loaded model", responses=responses(*_KEY))
+def model(request: Request, _: Reader) -> schemas.ModelAnswer:
+    """Return which networks are loaded, where they come from, and on what terms."""
+    return _parts(request).model
+
+
+@router.get(
+    "/operating-points",
+    tags=["service"],
+    summary="Say which threshold a false-positive rate means now",
+    responses=responses(*_KEY, *_SEARCH, errors.InvalidRequest),
+)
+def operating_points(
+    request: Request,
+    key: Reader,
+    fpr: Annotated[Fpr | None, Query(description="Default: the service's own for each.")] = None,
+    gallery: GalleryQuery = DEFAULT_GALLERY,
+) -> schemas.OperatingPointsAnswer:
+    """Return the thresholds of `/identify` and `/verify` for a rate, the loaded model and the gallery's size."""
+    key.require(gallery)
+    recognizer = _parts(request).recognizer
+    identification, verification, subjects, templates = recognizer.operating_points(gallery, fpr)
+    return schemas.OperatingPointsAnswer(
+        model_id=recognizer.model_id,
+        gallery=gallery,
+        gallery_size=subjects,
+        templates=templates,
+        identification=schemas.OperatingPoint(**vars(identification)),
+        verification=schemas.OperatingPoint(**vars(verification)),
+    )
+
+
+@router.get("/livez", tags=["service"], summary="Is the process alive?")
+async def livez() -> schemas.Status:
+    """Answer as long as the process runs. Needs no key."""
+    return schemas.Status(status="alive")
+
+
+@router.get("/readyz", tags=["service"], summary="Can it answer?", responses=responses(errors.NotReady))
+def readyz(request: Request) -> schemas.Status:
+    """Answer 200 once models are loaded and warm and the index is filled, 503 before. Needs no key."""
+    parts = _parts(request)
+    if not parts.embedder_alive():
+        raise NotReady("The embedder's worker has stopped.")
+    parts.recognizer.repository.ping()
+    return schemas.Status(status="ready")
+
+
+@router.get(
+    "/metrics",
+    tags=["service"],
+    summary="Metrics for Prometheus",
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **responses(*_KEY)},
+)
+def metrics(request: Request, _: Reader) -> Any:
+    """Return counts and times in Prometheus' text format."""
+    return Response(generate_latest(_parts(request).registry), media_type=CONTENT_TYPE_LATEST)
+
+
+def _after(cursor: str | None) -> int:
+    if cursor is None:
+        return 0
+    try:
+        decoded = base64.b64decode(cursor, altchars=b"-_", validate=True)
+        if not (decoded[:1] == b"s" and decoded[1:].isdigit() and len(decoded) < 20):
+            raise ValueError
+        return int(decoded[1:])
+    except (binascii.Error, ValueError):
+        raise InvalidRequest("cursor: not one that this service gave.") from None

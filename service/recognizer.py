@@ -1,0 +1,500 @@
+"""The way of a photo, written once for every verb of the API.
+
+bytes → image → faces → aligned crops → embeddings → candidates → decision. Everything here blocks; call it
+from worker threads. Any number of them may.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service import decision
+from service.calibration import Calibration
+from service.domain import (
+    DEFAULT_GALLERY,
+    Candidate,
+    EmbeddedFace,
+    Enrollment,
+    Face,
+    Gallery,
+    Hit,
+    Identification,
+    IdentifiedFace,
+    Image,
+    NewTemplate,
+    OperatingPoint,
+    Rejected,
+    Removal,
+    SeenFace,
+    SimilarFaces,
+    Subject,
+    Template,
+    UnknownSearch,
+    Verification,
+)
+from service.errors import (
+    FaceNotFound,
+    InvalidRequest,
+    ModelMismatch,
+    NoFace,
+    SeveralFaces,
+    SubjectNotFound,
+    VultusError,
+)
+from service.gallery.base import GalleryIndex
+from service.store.repository import Repository
+from service.vision.alignment import align, cut_portrait
+from service.vision.embedder import Embedder
+from service.vision.image import decode_image
+from service.vision.quality import enrolment_problem
+
+REEMBED_BATCH = 32
+
+
+class Detector(Protocol):
+    """Finds faces, the largest first."""
+
+    def detect(self, image: Image) -> list[Face]: ...
+
+
+class EmbeddingQueue(Protocol):
+    """Takes crops ``uint8[N, S, S, 3]`` and promises embeddings ``float32[N, D]``."""
+
+    def submit(self, crops: NDArray[np.uint8]) -> Future[NDArray[np.float32]]: ...
+
+
+@dataclass(frozen=True)
+class RecognizerOptions:
+    """``fpr`` and ``verify_fpr`` are the defaults of 1:N and 1:1; the limits are those of one photo."""
+
+    fpr: float
+    verify_fpr: float
+    max_image_bytes: int
+    max_image_pixels: int
+    keep_crops: bool
+
+
+class Recognizer:
+    """All that the service knows how to do with photos, galleries, subjects and faces."""
+
+    def __init__(
+        self,
+        *,
+        detector: Detector,
+        embedder: Embedder,
+        queue: EmbeddingQueue,
+        calibration: Calibration,
+        index: GalleryIndex,
+        repository: Repository,
+        options: RecognizerOptions,
+    ) -> None:
+        self.model_id = embedder.model_id
+        self.repository = repository
+        self._detector = detector
+        self._embedder = embedder
+        self._queue = queue
+        self._calibration = calibration
+        self._index = index
+        self._options = options
+        # Record and index change together: one writer at a time, so that nobody deletes what is half enrolled.
+        self._writing = threading.Lock()
+        for entries in repository.index_entries(self.model_id):
+            index.add(entries)
+        self._foreign = repository.foreign_models(self.model_id)
+
+    # --- photos
+
+    def detect(self, photo: bytes) -> list[Face]:
+        """Return every face of a photo, the largest first."""
+        return self._see(photo)[1]
+
+    def embed(self, photo: bytes) -> list[EmbeddedFace]:
+        """Return every face of a photo with its embedding. Raises ``NoFace``."""
+        faces, embeddings = self._probe(photo)
+        return [EmbeddedFace(face, vector) for face, vector in zip(faces, embeddings, strict=True)]
+
+    def enroll(
+        self, gallery: str, subject: str, photos: Sequence[bytes], metadata: dict[str, Any] | None
+    ) -> Enrollment:
+        """Enrol a person from photos that show nobody else.
+
+        Photos that cannot be used are listed in ``rejected``; if that is all of them, the first one's error is
+        raised, with ``rejected`` among its members. When this returns, the accepted faces are on disk.
+        """
+        self._require(gallery)
+        accepted: list[tuple[bytes, Image, Face]] = []
+        rejected: list[Rejected] = []
+        for position, photo in enumerate(photos):
+            try:
+                image, faces = self._see(photo)
+                accepted.append((photo, image, _one_usable(faces)))
+            except VultusError as exc:
+                rejected.append(Rejected(position, exc.code, exc.detail))
+        if not accepted:
+            raise NothingAccepted(rejected)
+        embeddings = self._embed([(image, face) for _, image, face in accepted])
+        new = [
+            NewTemplate(
+                hashlib.sha256(photo).hexdigest(),
+                self.model_id,
+                face,
+                embedding,
+                cut_portrait(image, face) if self._options.keep_crops else None,
+            )
+            for (photo, image, face), embedding in zip(accepted, embeddings, strict=True)
+        ]
+        with self._writing:
+            self._require(gallery)
+            templates, entries = self.repository.enroll(gallery, subject, metadata, new)
+            self._index.add(entries)
+        return Enrollment(subject, gallery, self.model_id, tuple(templates), tuple(rejected))
+
+    def identify(self, photo: bytes, gallery: str, fpr: float | None, top_k: int) -> Identification:
+        """Say of every face in a photo who in the gallery it is, or that it is nobody there. Raises ``NoFace``."""
+        self._require(gallery)
+        faces, embeddings = self._probe(photo)
+        found, subjects, templates = self._candidates(gallery, embeddings, top_k)
+        point = self._calibration.identification_point(self._fpr(fpr), templates)
+        return Identification(
+            self.model_id,
+            gallery,
+            subjects,
+            templates,
+            point,
+            tuple(
+                IdentifiedFace(face, decision.decide(candidates, point), tuple(candidates))
+                for face, candidates in zip(faces, found, strict=True)
+            ),
+        )
+
+    def verify_photos(self, photo_a: bytes, photo_b: bytes, fpr: float | None) -> Verification:
+        """Say whether the largest faces of two photos are one person's. Raises ``NoFace``."""
+        seen = [self._see(photo) for photo in (photo_a, photo_b)]
+        for name, (_, faces) in zip(("image_a", "image_b"), seen, strict=True):
+            if not faces:
+                raise NoFace(f"No face was found in {name}.")
+        first, second = self._embed([(image, faces[0]) for image, faces in seen])
+        point = self._calibration.verification_point(self._verify_fpr(fpr))
+        return self._verified(float(first @ second), point, seen[0][1][0], seen[1][1][0], None)
+
+    def verify_subject(self, photo: bytes, gallery: str, subject: str, fpr: float | None) -> Verification:
+        """Say whether the largest face of a photo is an enrolled subject's. Raises ``NoFace``.
+
+        The subject's best template counts, and the threshold allows for how many there are.
+        """
+        self._require(gallery)
+        image, faces = self._see(photo)
+        if not faces:
+            raise NoFace("No face was found in image_a.")
+        (probe,) = self._embed([(image, faces[0])])
+        enrolled = self.repository.subject(gallery, subject).faces
+        vectors = self.repository.embeddings([template.row_id for template in enrolled])
+        if len(vectors) != len(enrolled) or not len(enrolled):
+            raise SubjectNotFound(f"The subject {subject!r} of the gallery {gallery!r} has no enrolled face.")
+        similarities = vectors @ probe
+        best = int(np.argmax(similarities))
+        point = self._calibration.identification_point(self._verify_fpr(fpr), len(enrolled))
+        return self._verified(float(similarities[best]), point, faces[0], enrolled[best].face, enrolled[best].face_id)
+
+    def similar_to_photo(
+        self, photo: bytes, gallery: str, top_k: int, min_similarity: float | None
+    ) -> list[SimilarFaces]:
+        """Return for each face of a photo the most similar enrolled faces. Raises ``NoFace``."""
+        self._require(gallery)
+        faces, embeddings = self._probe(photo)
+        return self._similar(faces, embeddings, gallery, top_k, min_similarity, None)
+
+    def similar_to_face(
+        self, template: Template, gallery: str, top_k: int, min_similarity: float | None
+    ) -> list[SimilarFaces]:
+        """Return the enrolled faces most similar to an enrolled one, without that one itself."""
+        for name in {template.gallery, gallery}:
+            self._require(name)
+        vectors = self.repository.embeddings([template.row_id])
+        if not len(vectors):
+            raise FaceNotFound(f"There is no enrolled face {template.face_id!r}.")
+        return self._similar([template.face], vectors, gallery, top_k, min_similarity, template.row_id)
+
+    def search_unknown(self, photos: Sequence[bytes], gallery: str, fpr: float | None) -> UnknownSearch:
+        """Find every face in a set of photos that belongs to nobody enrolled, and group them by person.
+
+        Photos that are broken or show no face are listed in ``rejected``.
+        """
+        self._require(gallery)
+        rejected: list[Rejected] = []
+        faces: list[tuple[int, Face]] = []
+        vectors: list[NDArray[np.float32]] = []
+        for position, photo in enumerate(photos):
+            try:
+                found, embeddings = self._probe(photo)
+            except VultusError as exc:
+                rejected.append(Rejected(position, exc.code, exc.detail))
+                continue
+            faces.extend((position, face) for face in found)
+            vectors.append(embeddings)
+        probes = np.concatenate(vectors) if vectors else np.empty((0, self._embedder.dimension), np.float32)
+        candidates, subjects, templates = self._candidates(gallery, probes, 1)
+        rate = self._fpr(fpr)
+        point = self._calibration.identification_point(rate, templates)
+        seen = [
+            SeenFace(position, face, best[0] if best else None)
+            for (position, face), best in zip(faces, candidates, strict=True)
+        ]
+        known: dict[str, list[SeenFace]] = {}
+        strangers: list[int] = []
+        for number, (face, best) in enumerate(zip(seen, candidates, strict=True)):
+            subject = decision.decide(best, point).subject
+            if subject is None:
+                strangers.append(number)
+            else:
+                known.setdefault(subject, []).append(face)
+        # A stranger's face is compared with every other one's, as a probe is with a gallery's templates.
+        group_threshold = self._calibration.identification_point(rate, len(strangers) - 1).threshold
+        groups: dict[int, list[SeenFace]] = {}
+        for number, label in zip(strangers, decision.group(probes[strangers], group_threshold), strict=True):
+            groups.setdefault(int(label), []).append(seen[number])
+        return UnknownSearch(
+            self.model_id,
+            gallery,
+            subjects,
+            point,
+            group_threshold,
+            len(photos),
+            tuple(rejected),
+            tuple((subject, tuple(held)) for subject, held in known.items()),
+            tuple(tuple(held) for held in groups.values()),
+        )
+
+    # --- what is enrolled
+
+    def galleries(self) -> list[Gallery]:
+        """Return every gallery."""
+        return self.repository.galleries()
+
+    def gallery(self, name: str) -> Gallery:
+        """Return one gallery. Raises ``GalleryNotFound``."""
+        return self.repository.gallery(name)
+
+    def create_gallery(self, name: str) -> Gallery:
+        """Add an empty gallery. Raises ``GalleryExists``."""
+        with self._writing:
+            return self.repository.create_gallery(name)
+
+    def delete_gallery(self, name: str) -> None:
+        """Delete a gallery and all that it holds, for good. Raises ``GalleryNotFound``, ``InvalidRequest``."""
+        if name == DEFAULT_GALLERY:
+            raise InvalidRequest("The default gallery cannot be deleted; delete its subjects instead.")
+        self._delete(self.repository.deleting_gallery(name))
+
+    def subjects(self, gallery: str, after: int, limit: int) -> tuple[list[Subject], int | None]:
+        """Return a page of subjects, and the mark to go on ``after``, if there are more."""
+        return self.repository.subjects(gallery, after, limit)
+
+    def subject(self, gallery: str, name: str) -> Subject:
+        """Return one subject with its faces. Raises ``GalleryNotFound`` and ``SubjectNotFound``."""
+        return self.repository.subject(gallery, name)
+
+    def update_subject(self, gallery: str, name: str, metadata: dict[str, Any]) -> Subject:
+        """Replace a subject's metadata. Raises ``GalleryNotFound`` and ``SubjectNotFound``."""
+        with self._writing:
+            updated = self.repository.update_subject(gallery, name, metadata)
+        # What was replaced is personal data too.
+        self.repository.forget()
+        return updated
+
+    def delete_subject(self, gallery: str, name: str) -> None:
+        """Delete a subject, its templates and crops, for good. Raises as ``subject`` does."""
+        self._delete(self.repository.deleting_subject(gallery, name))
+
+    def face(self, face_id: str) -> Template:
+        """Return one enrolled face. Raises ``FaceNotFound``."""
+        return self.repository.template(face_id)
+
+    def delete_face(self, face_id: str) -> None:
+        """Delete one template and its crop, for good; the subject stays. Raises ``FaceNotFound``."""
+        self._delete(self.repository.deleting_face(face_id))
+
+    def operating_points(self, gallery: str, fpr: float | None) -> tuple[OperatingPoint, OperatingPoint, int, int]:
+        """Return the 1:N and the 1:1 operating point now, and how many subjects and templates there are."""
+        self._require(gallery)
+        subjects, templates = self._index.sizes(gallery)
+        return (
+            self._calibration.identification_point(self._fpr(fpr), templates),
+            self._calibration.verification_point(self._verify_fpr(fpr)),
+            subjects,
+            templates,
+        )
+
+    # --- steps
+
+    def _require(self, gallery: str) -> None:
+        self.repository.require_gallery(gallery)
+        others = self._foreign.get(gallery)
+        if others:
+            raise ModelMismatch(
+                f"The gallery {gallery!r} was enrolled with {', '.join(sorted(others))}, and {self.model_id} is "
+                "loaded. Load the other model again, or stop the service and run `vultus reembed`."
+            )
+
+    def _see(self, photo: bytes) -> tuple[Image, list[Face]]:
+        image = decode_image(photo, self._options.max_image_bytes, self._options.max_image_pixels)
+        return image, self._detector.detect(image)
+
+    def _embed(self, faces: Sequence[tuple[Image, Face]]) -> NDArray[np.float32]:
+        return self._queue.submit(cut_crops(self._embedder, faces)).result()
+
+    def _probe(self, photo: bytes) -> tuple[list[Face], NDArray[np.float32]]:
+        image, faces = self._see(photo)
+        if not faces:
+            raise NoFace
+        return faces, self._embed([(image, face) for face in faces])
+
+    def _candidates(
+        self, gallery: str, probes: NDArray[np.float32], top_k: int
+    ) -> tuple[list[list[Candidate]], int, int]:
+        found = self._index.search_subjects(gallery, probes, top_k)
+        return self._named(found.hits), found.subjects, found.templates
+
+    def _similar(
+        self,
+        faces: Sequence[Face],
+        probes: NDArray[np.float32],
+        gallery: str,
+        top_k: int,
+        min_similarity: float | None,
+        without: int | None,
+    ) -> list[SimilarFaces]:
+        hits = self._index.search_faces(gallery, probes, top_k if without is None else top_k + 1)
+        lowest = -2.0 if min_similarity is None else min_similarity
+        kept = [[hit for hit in row if hit.row_id != without and hit.similarity >= lowest][:top_k] for row in hits]
+        return [SimilarFaces(face, tuple(similar)) for face, similar in zip(faces, self._named(kept), strict=True)]
+
+    def _named(self, hits: Sequence[Sequence[Hit]]) -> list[list[Candidate]]:
+        labels = self.repository.labels(list({hit.row_id for row in hits for hit in row}))
+        return [
+            [
+                Candidate(
+                    labels[hit.row_id].subject,
+                    labels[hit.row_id].face_id,
+                    _cosine(hit.similarity),
+                    self._calibration.probability(hit.similarity),
+                )
+                for hit in row
+                # Whoever was deleted since the search is no candidate.
+                if hit.row_id in labels
+            ]
+            for row in hits
+        ]
+
+    def _verified(
+        self, similarity: float, point: OperatingPoint, face_a: Face, face_b: Face, face_id: str | None
+    ) -> Verification:
+        return Verification(
+            similarity >= point.threshold,
+            _cosine(similarity),
+            self._calibration.probability(similarity),
+            self.model_id,
+            point,
+            face_a,
+            face_b,
+            face_id,
+        )
+
+    def _delete(self, deletion: AbstractContextManager[Removal]) -> None:
+        removed: Removal | None = None
+        with self._writing:
+            try:
+                with deletion as removed:
+                    for entries in removed.by_model.values():
+                        self._index.remove(removed.gallery, entries.row_ids)
+            except BaseException:
+                if removed is not None and self.model_id in removed.by_model:
+                    self._index.add(removed.by_model[self.model_id])
+                raise
+            if removed.by_model.keys() - {self.model_id}:
+                self._foreign = self.repository.foreign_models(self.model_id)
+        self.repository.forget()
+
+    def _fpr(self, asked: float | None) -> float:
+        return self._options.fpr if asked is None else asked
+
+    def _verify_fpr(self, asked: float | None) -> float:
+        return self._options.verify_fpr if asked is None else asked
+
+
+class NothingAccepted(VultusError):
+    """An enrolment of which no photo could be used: 422 with the first photo's code."""
+
+    status = 422
+    title = "None of the photos can be enrolled"
+
+    def __init__(self, rejected: Sequence[Rejected]) -> None:
+        super().__init__(rejected[0].detail)
+        self.code = rejected[0].code
+        self.rejected = tuple(rejected)
+
+
+def cut_crops(embedder: Embedder, faces: Sequence[tuple[Image, Face]]) -> NDArray[np.uint8]:
+    """Cut each face's aligned crop as the embedder wants it, ``uint8[N, S, S, 3]``."""
+    template, size = embedder.manifest.template.points, embedder.manifest.input.size
+    if not faces:
+        return np.empty((0, size, size, 3), np.uint8)
+    return np.stack([align(image, face.landmarks, template, size) for image, face in faces])
+
+
+def reembed(repository: Repository, embedder: Embedder, progress: Callable[[int], None] = lambda _: None) -> int:
+    """Move every template to ``embedder``'s model, from the kept crops.
+
+    ``progress`` is told how many were done. It can be interrupted and repeated. Returns how many templates
+    remain of other models, because no crop of them was kept.
+    """
+    for batch in _portraits(repository, embedder.model_id):
+        crops = [
+            align(
+                decode_image(stored.portrait.data, len(stored.portrait.data), 2**31),
+                stored.portrait.landmarks,
+                embedder.manifest.template.points,
+                embedder.manifest.input.size,
+            )
+            for stored in batch
+        ]
+        vectors = embedder.embed(np.stack(crops))
+        repository.replace_embeddings(
+            embedder.model_id,
+            [(stored.row_id, vector) for stored, vector in zip(batch, vectors, strict=True)],
+        )
+        progress(len(batch))
+    repository.forget()
+    return repository.count_templates(embedder.model_id)
+
+
+def _portraits(repository: Repository, model_id: str) -> Iterator[list[Any]]:
+    after = 0
+    while batch := repository.portraits(model_id, after, REEMBED_BATCH):
+        yield batch
+        after = batch[-1].row_id
+
+
+def _one_usable(faces: Sequence[Face]) -> Face:
+    if not faces:
+        raise NoFace
+    problem = enrolment_problem(faces[0])
+    if problem is not None:
+        raise problem
+    others = sum(enrolment_problem(face) is None for face in faces[1:])
+    if others:
+        raise SeveralFaces(f"{others + 1} faces in this photo could be the subject; one must be alone.")
+    return faces[0]
+
+
+def _cosine(similarity: float) -> float:
+    return min(1.0, max(-1.0, similarity))

@@ -1,0 +1,80 @@
+"""The recogniser with its real parts, in this process, where failures can be injected."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import event
+from sqlalchemy.exc import OperationalError
+
+from service.app import open_parts
+from service.errors import StorageFull
+from service.recognizer import Recognizer
+from service.settings import Settings
+from tests.support import photo
+
+
+@pytest.fixture
+def recognizer(tmp_path: Path) -> Iterator[Recognizer]:
+    with open_parts(Settings(data_dir=tmp_path / "data")) as parts:
+        yield parts.recognizer
+
+
+def fail_commits(recognizer: Recognizer) -> list[int]:
+    """Let every commit from now on find the disk full; the returned list ends it when something is put in."""
+    over: list[int] = []
+
+    @event.listens_for(recognizer.repository.engine, "commit")
+    def full(connection: object) -> None:
+        if not over:
+            error = sqlite3.OperationalError("database or disk is full")
+            error.sqlite_errorcode = sqlite3.SQLITE_FULL
+            raise OperationalError("COMMIT", {}, error)
+
+    return over
+
+
+def test_a_deletion_whose_commit_fails_has_deleted_nothing(recognizer: Recognizer) -> None:
+    done = recognizer.enroll("default", "A", [photo("obama.jpg")], None)
+    over = fail_commits(recognizer)
+    with pytest.raises(StorageFull):
+        recognizer.delete_subject("default", "A")
+    with pytest.raises(StorageFull):
+        recognizer.delete_face(done.templates[0].face_id)
+    found = recognizer.identify(photo("obama2.jpg"), "default", None, 5)
+    assert (found.templates, found.faces[0].decision.subject) == (1, "A")
+    assert len(recognizer.subject("default", "A").faces) == 1
+    over.append(1)
+    recognizer.delete_subject("default", "A")
+    assert recognizer.identify(photo("obama2.jpg"), "default", None, 5).templates == 0
+
+
+def test_an_enrolment_whose_commit_fails_is_in_no_index(recognizer: Recognizer) -> None:
+    recognizer.enroll("default", "B", [photo("biden.jpg")], None)
+    over = fail_commits(recognizer)
+    with pytest.raises(StorageFull):
+        recognizer.enroll("default", "A", [photo("obama.jpg")], None)
+    assert recognizer.identify(photo("obama2.jpg"), "default", None, 5).templates == 1
+    over.append(1)
+    assert [subject.name for subject in recognizer.subjects("default", 0, 10)[0]] == ["B"]
+
+
+def test_the_threshold_rises_as_the_gallery_grows(recognizer: Recognizer) -> None:
+    first, _, _, _ = recognizer.operating_points("default", 0.01)
+    recognizer.enroll("default", "A", [photo("obama.jpg"), photo("obama2.jpg")], None)
+    recognizer.enroll("default", "B", [photo("biden.jpg")], None)
+    second, verification, subjects, templates = recognizer.operating_points("default", 0.01)
+    assert (subjects, templates) == (2, 3)
+    assert second.threshold > first.threshold
+    assert verification.threshold == first.threshold
+
+
+def test_a_subject_is_found_by_its_best_template(recognizer: Recognizer) -> None:
+    recognizer.enroll("default", "A", [photo("obama.jpg"), photo("obama2.jpg"), photo("obama3.jpg")], None)
+    recognizer.enroll("default", "B", [photo("biden.jpg")], None)
+    (face,) = recognizer.identify(photo("obama3.jpg"), "default", None, 10).faces
+    assert [candidate.subject for candidate in face.candidates] == ["A", "B"]
+    assert face.candidates[0].similarity == pytest.approx(1.0, abs=1e-4)
