@@ -18,49 +18,53 @@ class VultusError(Exception):
         self.headers = dict(headers or {})
 
 
-class InvalidImage(VultusError):
+class PhotoError(VultusError):
+    """What is wrong with one photo; in a set of photos it is listed, and the others are used."""
+
+
+class InvalidImage(PhotoError):
     code = "invalid_image"
     status = 422
     title = "The file is not a readable photo"
 
 
-class UnsupportedMediaType(VultusError):
+class UnsupportedMediaType(PhotoError):
     code = "unsupported_media_type"
     status = 415
     title = "This kind of content is not accepted"
 
 
-class ImageTooLarge(VultusError):
+class ImageTooLarge(PhotoError):
     code = "image_too_large"
     status = 413
     title = "The upload has too many bytes"
 
 
-class TooManyPixels(VultusError):
+class TooManyPixels(PhotoError):
     code = "too_many_pixels"
     status = 422
     title = "The photo has too many pixels"
 
 
-class NoFace(VultusError):
+class NoFace(PhotoError):
     code = "no_face"
     status = 422
     title = "No face was found in the photo"
 
 
-class SeveralFaces(VultusError):
+class SeveralFaces(PhotoError):
     code = "several_faces"
     status = 422
     title = "The photo shows more than one face"
 
 
-class FaceTooSmall(VultusError):
+class FaceTooSmall(PhotoError):
     code = "face_too_small"
     status = 422
     title = "The face is too small to be recognised later"
 
 
-class LowQuality(VultusError):
+class LowQuality(PhotoError):
     code = "low_quality"
     status = 422
     title = "The face is too blurred, turned away or uncertain to be recognised later"
@@ -96,7 +100,7 @@ class SubjectConflict(VultusError):
     title = "The face belongs to another enrolled subject"
 
 
-class IdentityMismatch(VultusError):
+class IdentityMismatch(PhotoError):
     code = "identity_mismatch"
     status = 422
     title = "The photos of one enrolment show different people"
@@ -167,5 +171,10 @@ class InternalError(VultusError):
 
 
 def error_classes() -> list[type[VultusError]]:
-    """Every error that the API can answer with, in the order of this module."""
-    return [cls for cls in VultusError.__subclasses__() if cls.__module__ == __name__]
+    """Every error that the API can answer with."""
+    return [
+        cls
+        for base in (VultusError, PhotoError)
+        for cls in base.__subclasses__()
+        if cls.__module__ == __name__ and cls is not PhotoError
+    ]

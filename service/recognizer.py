@@ -46,6 +46,7 @@ from service.errors import (
     InvalidRequest,
     ModelMismatch,
     NoFace,
+    PhotoError,
     SeveralFaces,
     SubjectNotFound,
     VultusError,
@@ -137,7 +138,7 @@ class Recognizer:
             try:
                 image, faces = self._see(photo)
                 accepted.append((photo, image, _one_usable(faces)))
-            except VultusError as exc:
+            except PhotoError as exc:
                 rejected.append(Rejected(position, exc.code, exc.detail))
         if not accepted:
             raise NothingAccepted(rejected)
@@ -236,7 +237,7 @@ class Recognizer:
         for position, photo in enumerate(photos):
             try:
                 found, embeddings = self._probe(photo)
-            except VultusError as exc:
+            except PhotoError as exc:
                 rejected.append(Rejected(position, exc.code, exc.detail))
                 continue
             faces.extend((position, face) for face in found)

@@ -11,7 +11,7 @@ from sqlalchemy import event
 from sqlalchemy.exc import OperationalError
 
 from service.app import open_parts
-from service.errors import StorageFull
+from service.errors import Overloaded, StorageFull
 from service.recognizer import Recognizer
 from service.settings import Settings
 from tests.support import photo
@@ -78,3 +78,14 @@ def test_a_subject_is_found_by_its_best_template(recognizer: Recognizer) -> None
     (face,) = recognizer.identify(photo("obama3.jpg"), "default", None, 10).faces
     assert [candidate.subject for candidate in face.candidates] == ["A", "B"]
     assert face.candidates[0].similarity == pytest.approx(1.0, abs=1e-4)
+
+
+def test_a_photo_set_that_meets_a_full_queue_is_refused_and_not_called_unusable(
+    recognizer: Recognizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(crops: object) -> None:
+        raise Overloaded
+
+    monkeypatch.setattr(recognizer._queue, "submit", full)
+    with pytest.raises(Overloaded):
+        recognizer.search_unknown([photo("obama.jpg")], "default", None)

@@ -84,7 +84,9 @@ class Repository:
     def __init__(self, url: str) -> None:
         """Connect to ``url`` (SQLAlchemy's form), bring the schema up to date, and add the default gallery."""
         self._sqlite = make_url(url).get_backend_name() == "sqlite"
-        self.engine = _sqlite_engine(url) if self._sqlite else create_engine(url, pool_pre_ping=True)
+        self.engine = (
+            _sqlite_engine(url) if self._sqlite else create_engine(url, pool_pre_ping=True, hide_parameters=True)
+        )
         with _storage_errors():
             migrate(self.engine)
             with self._write() as connection:
@@ -402,7 +404,7 @@ def migrate(engine: Engine) -> None:
 
 
 def _sqlite_engine(url: str) -> Engine:
-    engine = create_engine(url, connect_args={"timeout": 30})
+    engine = create_engine(url, connect_args={"timeout": 30}, hide_parameters=True)
 
     @event.listens_for(engine, "connect")
     def _configure(connection: Any, _: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -285,3 +286,21 @@ def test_the_log_holds_nothing_personal(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in log.splitlines()]
     (line,) = [line for line in lines if line.get("request_id") == "request-77"]
     assert (line["route"], line["status"], line["method"]) == ("/subjects/{subject:path}", 200, "GET")
+
+
+def test_a_defect_is_logged_without_what_it_was_about(tmp_path: Path) -> None:
+    with Server(tmp_path / "data") as server:
+        with sqlite3.connect(server.data_dir / "vultus.db") as database:
+            database.execute("DROP TABLE crops")
+        database.close()
+        answer = server.client.post(
+            "/enroll",
+            data={"subject": "Zebedee", "metadata": '{"secret": "marmalade"}'},
+            files={"images": ("photo", photo("obama.jpg"))},
+        )
+        assert (answer.status_code, answer.json()["code"]) == (500, "internal_error")
+        assert server.client.get("/subjects/Zebedee").json()["code"] == "subject_not_found"
+        log = server.log.read_text()
+    assert answer.json()["request_id"] in log and "no such table" in log
+    for secret in ("Zebedee", "marmalade", "JFIF", "embedding=", "\\\\x"):
+        assert secret not in log
