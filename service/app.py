@@ -237,7 +237,9 @@ def _model_answer(embedder: EmbedderManifest, calibration: Calibration, detector
             identities=calibration.identities,
             images=calibration.images,
             impostor_pairs=calibration.impostor_pairs,
-            smallest_fmr=calibration.fmr[-1],
+            supported_fmr=calibration.supported_fmr,
+            smallest_fmr=calibration.smallest_fmr,
+            smallest_fpir=calibration.smallest_fpir,
         ),
         detector=_model_part(detector),
     )

@@ -188,8 +188,8 @@ class OperatingPoint:
     """A false-positive rate and the similarity threshold that yields it, for one model.
 
     ``fpr``: what was asked for. ``threshold``: cosine; a similarity at or above it is a match.
-    ``extrapolated``: the calibration sample is too small for this rate, and the strictest threshold
-    that it supports is used.
+    ``extrapolated``: the calibration sample is too small for this rate, and the threshold is that of a model
+    of its tail.
     """
 
     fpr: float

@@ -164,7 +164,7 @@ class Recognizer:
         self._require(gallery)
         faces, embeddings = self._probe(photo)
         found, subjects, templates = self._candidates(gallery, embeddings, top_k)
-        point = self._calibration.identification_point(self._fpr(fpr), templates)
+        point = self._calibration.identification_point(self._fpr(fpr), subjects, templates)
         return Identification(
             self.model_id,
             gallery,
@@ -203,7 +203,7 @@ class Recognizer:
             raise SubjectNotFound(f"The subject {subject!r} of the gallery {gallery!r} has no enrolled face.")
         similarities = vectors @ probe
         best = int(np.argmax(similarities))
-        point = self._calibration.identification_point(self._verify_fpr(fpr), len(enrolled))
+        point = self._calibration.subject_point(self._verify_fpr(fpr), len(enrolled))
         return self._verified(float(similarities[best]), point, faces[0], enrolled[best].face, enrolled[best].face_id)
 
     def similar_to_photo(
@@ -245,7 +245,7 @@ class Recognizer:
         probes = np.concatenate(vectors) if vectors else np.empty((0, self._embedder.dimension), np.float32)
         candidates, subjects, templates = self._candidates(gallery, probes, 1)
         rate = self._fpr(fpr)
-        point = self._calibration.identification_point(rate, templates)
+        point = self._calibration.identification_point(rate, subjects, templates)
         seen = [
             SeenFace(position, face, best[0] if best else None)
             for (position, face), best in zip(faces, candidates, strict=True)
@@ -259,7 +259,8 @@ class Recognizer:
             else:
                 known.setdefault(subject, []).append(face)
         # A stranger's face is compared with every other one's, as a probe is with a gallery's templates.
-        group_threshold = self._calibration.identification_point(rate, len(strangers) - 1).threshold
+        others = len(strangers) - 1
+        group_threshold = self._calibration.identification_point(rate, others, others).threshold
         groups: dict[int, list[SeenFace]] = {}
         for number, label in zip(strangers, decision.group(probes[strangers], group_threshold), strict=True):
             groups.setdefault(int(label), []).append(seen[number])
@@ -329,7 +330,7 @@ class Recognizer:
         self._require(gallery)
         subjects, templates = self._index.sizes(gallery)
         return (
-            self._calibration.identification_point(self._fpr(fpr), templates),
+            self._calibration.identification_point(self._fpr(fpr), subjects, templates),
             self._calibration.verification_point(self._verify_fpr(fpr)),
             subjects,
             templates,

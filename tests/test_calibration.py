@@ -14,16 +14,21 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from sklearn.linear_model import LogisticRegression
 
-from service.calibration import Calibration, fit_probability, rate_levels, thresholds_at
+from service.calibration import Calibration, fit_probability, rate_of_all, rate_of_one, thresholds_at
+from service.errors import FprUnsupported
+from service.settings import BUNDLED_MODELS
 
 COSINES = st.floats(-1, 1, width=32, allow_subnormal=False)
 SAMPLES = st.integers(2, 400).flatmap(lambda count: arrays(np.float32, count, elements=COSINES))
 RATES = st.floats(1e-9, 0.999999)
+FPIRS = st.floats(1e-4, 0.999999)
 COUNTS = st.integers(0, 1_000_000)
+SPREADS = st.floats(0.05, 100)
+LEVELS = np.logspace(0, -9, 181)
 
 
 def calibration(impostors: NDArray[np.float32], **changes: Any) -> Calibration:
-    levels = rate_levels(len(impostors))
+    thresholds = tuple(thresholds_at(impostors, LEVELS).tolist())
     values: dict[str, Any] = {
         "model_id": "model",
         "model_sha256": "0" * 64,
@@ -33,8 +38,16 @@ def calibration(impostors: NDArray[np.float32], **changes: Any) -> Calibration:
         "images": 4,
         "genuine_pairs": 2,
         "impostor_pairs": len(impostors),
-        "fmr": tuple(levels.tolist()),
-        "threshold": tuple(thresholds_at(impostors, levels).tolist()),
+        "supported_fmr": 1e-4,
+        "smallest_fmr": 1e-9,
+        "smallest_fpir": 1e-4,
+        "fmr": tuple(LEVELS.tolist()),
+        "threshold": thresholds,
+        "low": thresholds,
+        "high": thresholds,
+        "templates": (1, 5, 20),
+        "effective": (1.0, 4.0, 9.0),
+        "spread": 1e6,
         "slope": 20.0,
         "intercept": -10.0,
     }
@@ -42,39 +55,91 @@ def calibration(impostors: NDArray[np.float32], **changes: Any) -> Calibration:
 
 
 NORMAL = calibration(np.random.default_rng(0).normal(0.1, 0.1, 100_000).clip(-1, 1).astype(np.float32))
+SHIPPED = Calibration.load(BUNDLED_MODELS / "dlib-resnet" / "calibration.json")
 
 
-@given(SAMPLES, RATES)
-def test_on_its_own_sample_the_measured_rate_is_at_most_the_asked_one(
-    impostors: NDArray[np.float32], asked: float
-) -> None:
-    made = calibration(impostors)
-    for fmr in (asked, *made.fmr[1:]):
-        threshold, extrapolated = made.at_fmr(fmr)
-        measured = float(np.mean(impostors.astype(np.float64) >= threshold))
-        assert extrapolated == (fmr < 1 / len(impostors) * (1 - 1e-8))
-        assert measured <= (1 / len(impostors) if extrapolated else fmr) * (1 + 1e-8)
-
-
-def test_the_measured_rate_is_not_much_below_the_asked_one() -> None:
+def test_the_measured_rate_is_the_asked_one() -> None:
     impostors = np.random.default_rng(2).normal(0.1, 0.1, 200_000)
     made = calibration(impostors.astype(np.float32))
     for asked in (0.5, 0.1, 0.03, 0.01, 0.0011):
-        assert 0.94 * asked - 2 / len(impostors) <= np.mean(impostors >= made.at_fmr(asked)[0]) <= asked * 1.0001
+        assert np.mean(impostors >= made.verification_point(asked).threshold) == pytest.approx(asked, rel=0.03)
 
 
-@given(SAMPLES, RATES, RATES)
-def test_the_threshold_never_falls_as_the_rate_falls(impostors: NDArray[np.float32], a: float, b: float) -> None:
-    made = calibration(impostors)
+@given(SAMPLES, FPIRS, FPIRS, COUNTS, COUNTS)
+def test_the_threshold_never_falls_as_the_rate_falls(
+    impostors: NDArray[np.float32], a: float, b: float, subjects: int, templates: int
+) -> None:
     strict, loose = sorted((a, b))
-    assert made.at_fmr(strict)[0] >= made.at_fmr(loose)[0]
-    assert made.identification_point(strict, 50).threshold >= made.identification_point(loose, 50).threshold
+    for made in (calibration(impostors), SHIPPED):
+        assert made.at_fmr(strict)[0] >= made.at_fmr(loose)[0]
+        points = [made.identification_point(fpr, subjects, templates) for fpr in (strict, loose)]
+        assert points[0].threshold >= points[1].threshold
+        assert points[0].extrapolated >= points[1].extrapolated
 
 
-@given(RATES, COUNTS, COUNTS)
-def test_the_threshold_never_falls_as_templates_grow(fpr: float, a: int, b: int) -> None:
-    few, many = sorted((a, b))
-    assert NORMAL.identification_point(fpr, many).threshold >= NORMAL.identification_point(fpr, few).threshold
+@given(FPIRS, COUNTS, COUNTS, COUNTS, COUNTS, SPREADS)
+def test_the_threshold_never_falls_as_subjects_or_templates_grow(
+    fpr: float, subjects: int, more: int, templates: int, faces: int, spread: float
+) -> None:
+    for made in (NORMAL.model_copy(update={"spread": spread}), SHIPPED):
+        few = made.identification_point(fpr, subjects, templates)
+        # A subject more brings a face at least; a face more may be of somebody who is there.
+        many = made.identification_point(fpr, subjects + more, max(templates, subjects) + more + faces)
+        assert many.threshold >= few.threshold - 1e-12
+        assert many.extrapolated >= few.extrapolated
+        assert made.identification_point(fpr, subjects, templates + faces).threshold >= few.threshold - 1e-12
+
+
+@given(st.floats(1e-3, 0.999), st.integers(1, 100), st.integers(0, 100))
+def test_a_subject_with_more_faces_needs_more(fpr: float, templates: int, more: int) -> None:
+    few, many = (SHIPPED.subject_point(fpr, count).threshold for count in (templates, templates + more))
+    assert many >= few - 1e-12
+    assert SHIPPED.subject_point(fpr, 1) == SHIPPED.verification_point(fpr)
+
+
+def test_templates_of_one_person_count_for_less_than_people() -> None:
+    assert NORMAL.comparisons(0, 0) == NORMAL.comparisons(1, 1) == 1
+    assert NORMAL.comparisons(10, 10) == 10
+    assert NORMAL.comparisons(10, 50) == pytest.approx(40)
+    assert NORMAL.comparisons(10, 100) == pytest.approx(60)
+    assert NORMAL.comparisons(10, 400) == pytest.approx(180)
+
+
+@given(st.floats(1e-6, 0.99), st.floats(1, 1e7), SPREADS)
+def test_the_rate_of_one_undoes_the_rate_of_all(fpir: float, comparisons: float, spread: float) -> None:
+    fmr = rate_of_one(fpir, comparisons, spread)
+    assert 0 <= fmr <= fpir * (1 + 1e-9)
+    if 1e-14 < fmr < 1 - 1e-9:
+        assert rate_of_all(fmr, comparisons, spread) == pytest.approx(fpir, rel=1e-4)
+
+
+def test_strangers_who_differ_are_mistaken_as_often_as_simulated() -> None:
+    generator = np.random.default_rng(5)
+    for spread in (0.5, 2.0):
+        # Own rate of each stranger; hazard h such that one comparison errs at 0.002.
+        hazard = spread * ((1 - 0.002) ** (-1 / spread) - 1)
+        own = generator.gamma(spread, 1 / spread, 400_000)
+        simulated = float(np.mean(-np.expm1(-own * hazard * 300)))
+        assert rate_of_all(0.002, 300, spread) == pytest.approx(simulated, rel=0.02)
+
+
+def test_rates_that_nothing_supports_are_refused() -> None:
+    with pytest.raises(FprUnsupported, match=r"from 0\.0001; 1e-05"):
+        NORMAL.identification_point(1e-5, 10, 10)
+    assert NORMAL.verification_point(1e-5).extrapolated
+    with pytest.raises(FprUnsupported):
+        NORMAL.verification_point(1e-10)
+    with pytest.raises(FprUnsupported):
+        NORMAL.subject_point(1e-10, 3)
+    assert not NORMAL.verification_point(1e-4).extrapolated
+
+
+def test_the_bundled_calibration_is_of_a_hundred_people() -> None:
+    assert SHIPPED.identities == 100
+    assert SHIPPED.smallest_fpir == pytest.approx(1e-4)
+    assert SHIPPED.supported_fmr < 1e-4
+    assert SHIPPED.identification_point(0.01, 100_000, 500_000).extrapolated
+    assert SHIPPED.identification_point(0.01, 100_000, 500_000).threshold <= 1
 
 
 @given(st.floats(0.1, 500), st.floats(-400, 400), COSINES, COSINES)
@@ -85,21 +150,6 @@ def test_the_probability_rises_with_similarity(slope: float, intercept: float, a
     odds = slope * max(a, b) + intercept
     if slope * abs(a - b) > 1e-6 and abs(odds) < 15:
         assert low < high
-
-
-@given(RATES)
-def test_below_one_impostor_pair_it_is_said_and_the_strictest_threshold_is_used(fpr: float) -> None:
-    point = NORMAL.verification_point(fpr)
-    assert point.fpr == fpr
-    if fpr < 0.999e-5:
-        assert (point.extrapolated, point.threshold) == (True, NORMAL.threshold[-1])
-    elif fpr > 1.001e-5:
-        assert not point.extrapolated
-
-
-def test_the_strictest_supported_rate_is_not_extrapolated() -> None:
-    assert NORMAL.at_fmr(1e-5) == (NORMAL.threshold[-1], False)
-    assert NORMAL.at_fmr(0.99e-5)[1]
 
 
 def test_thresholds_lie_just_above_an_impostor() -> None:
@@ -114,14 +164,6 @@ def test_thresholds_lie_just_above_an_impostor() -> None:
     ]
 
 
-def test_levels_run_from_one_to_one_pair() -> None:
-    levels = rate_levels(3_000_000)
-    assert (levels[0], levels[-1]) == (1.0, pytest.approx(1 / 3_000_000))
-    assert (np.diff(levels) < 0).all()
-    assert len(levels) == math.ceil(40 * math.log10(3_000_000)) + 1
-    assert len(rate_levels(2)) >= 2
-
-
 def test_a_normal_distribution_gives_back_its_quantiles() -> None:
     # Standard normal quantiles, from tables: 1.2816, 2.3263, 3.0902.
     for fmr, z in ((0.1, 1.2816), (0.01, 2.3263), (0.001, 3.0902)):
@@ -131,10 +173,10 @@ def test_a_normal_distribution_gives_back_its_quantiles() -> None:
 def test_a_gallery_of_independent_templates_keeps_the_asked_rate() -> None:
     generator = np.random.default_rng(1)
     for templates in (1, 10, 100):
-        threshold = NORMAL.identification_point(0.05, templates).threshold
+        threshold = NORMAL.identification_point(0.05, templates, templates).threshold
         best = generator.normal(0.1, 0.1, (20_000, templates)).max(axis=1)
         assert np.mean(best >= threshold) == pytest.approx(0.05, abs=0.008)
-    assert NORMAL.identification_point(0.05, 0) == NORMAL.identification_point(0.05, 1)
+    assert NORMAL.identification_point(0.05, 0, 0) == NORMAL.identification_point(0.05, 1, 1)
 
 
 @settings(deadline=None, max_examples=25)
@@ -202,6 +244,13 @@ def test_a_file_comes_back_as_it_was_written(tmp_path: Path) -> None:
         {"fmr": (1.0, 0.5), "threshold": (0.1, 0.2, 0.3)},
         {"fmr": (1.0, 0.0), "threshold": (0.1, 0.2)},
         {"fmr": (1.1, 0.5), "threshold": (0.1, 0.2)},
+        {"high": (0.0,) * 181},
+        {"low": (0.1, 0.2)},
+        {"effective": (1.0, 6.0, 9.0)},
+        {"effective": (1.0, 4.0, 3.0)},
+        {"effective": (2.0, 4.0, 9.0)},
+        {"templates": (1, 5)},
+        {"spread": 0.0},
         {"slope": 0.0},
         {"identities": 1},
         {"unknown": 1},

@@ -265,7 +265,7 @@ class IdentifyAnswer(Answer):
     templates: int = Field(description="Their enrolled faces.")
     fpr: float
     threshold: float
-    extrapolated: bool = Field(description="The calibration sample is too small for this rate and gallery.")
+    extrapolated: bool = Field(description="The threshold lies beyond the calibration sample, in its modelled tail.")
     faces: list[IdentifiedFace]
 
 
@@ -396,7 +396,9 @@ class CalibrationPart(Answer):
     identities: int
     images: int
     impostor_pairs: int
-    smallest_fmr: float
+    supported_fmr: float = Field(description="Rates of one comparison below this are extrapolated.")
+    smallest_fmr: float = Field(description="`fpr` of /verify below this is refused with `fpr_unsupported`.")
+    smallest_fpir: float = Field(description="`fpr` of /identify below this is refused with `fpr_unsupported`.")
 
 
 class ModelAnswer(ModelPart):
