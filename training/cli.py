@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from service.errors import FprUnsupported
 from service.vision.manifest import ModelError
 from training.calibrate import Origin
 from training.calibrate import calibrate as calibrate_model
@@ -18,6 +19,10 @@ from training.data import DataError, Layout, Role, celeba_photos, folder_photos
 from training.evaluate import EvaluationSet, draw, read_figures, table, update_document, write_figures
 from training.evaluate import evaluate as evaluate_model
 from training.metrics import RESAMPLES
+from training.open_set import REPEATS, write_trial
+from training.open_set import draw as draw_trial
+from training.open_set import open_set as open_set_trial
+from training.open_set import table as trial_table
 from training.prepare import Alignment, Counts
 from training.prepare import prepare as prepare_crops
 
@@ -101,7 +106,9 @@ def prepare(
 
 @app.command()
 def calibrate(
-    crops: Crops,
+    crops: Annotated[
+        list[Path], typer.Option(help="Folder that `prepare` has filled; repeat it for other looks of the same people.")
+    ],
     model: Model = _MODELS / "dlib-resnet",
     source: Annotated[str | None, typer.Option(help="What the photos are; needed unless they are CelebA's.")] = None,
     terms: Annotated[str | None, typer.Option(help="What terms apply to them; needed with --source.")] = None,
@@ -149,6 +156,34 @@ def evaluate(
     typer.echo(table([figures]))
 
 
+@app.command("open-set")
+def open_set(
+    crops: Annotated[list[Path], typer.Option(help="Folder that `prepare` has filled; repeatable.")],
+    model: Model = _MODELS / "dlib-resnet",
+    role: Annotated[
+        EvaluationSet, typer.Option(help="celebA_ir reports a final version; validation compares choices.")
+    ] = EvaluationSet.CELEBA_IR,
+    fillers: Annotated[
+        Path | None, typer.Option(help="Folder with validation and class people, prepared with --like-queries.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the figures as JSON and the picture.")] = None,
+    document: Annotated[
+        Path | None, typer.Option(help="Markdown file whose table is written anew; see docs/training.md.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Random choices of the photos that are enrolled.")] = REPEATS,
+    threads: Threads = None,
+) -> None:
+    """False-positive and false-negative identification rates at asked rates, as the gallery grows."""
+    with _explained():
+        trial = open_set_trial(model, crops, role, fillers=fillers, repeats=repeats, threads=threads or _cores())
+        if out is not None:
+            write_trial(trial, out)
+            draw_trial(trial, out / f"{role}.open-set.png")
+        if document is not None:
+            update_document(document, f"{role}.open-set", trial_table(trial))
+    typer.echo(trial_table(trial))
+
+
 def _told(counts: Counts) -> str:
     return (
         f"{counts.photos} photos, {counts.detector} faces found by the detector, "
@@ -165,7 +200,7 @@ def _explained() -> Iterator[None]:
     """What the user can mend ends in one line and exit status 2."""
     try:
         yield
-    except (DataError, ModelError, ConversionError, OSError) as error:
+    except (DataError, ModelError, ConversionError, FprUnsupported, OSError) as error:
         typer.echo(f"vultus-train: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(2) from error
 

@@ -195,8 +195,8 @@ def table(figures: Sequence[Figures]) -> str:
     return "\n".join(lines)
 
 
-def update_document(document: Path, on: EvaluationSet, text: str) -> None:
-    """Replace what stands between the two marker lines of a set in a Markdown file.
+def update_document(document: Path, on: str, text: str) -> None:
+    """Replace what stands between the two marker lines of a set, or of another name, in a Markdown file.
 
     The markers are ``<!-- figures:SET -->`` and ``<!-- /figures:SET -->``. Raises
     :class:`~training.data.DataError` if they are not there exactly once and in this order.
