@@ -1,4 +1,4 @@
-"""Puts the parts together. Only this module knows every one of them, and only it reads the settings."""
+"""Puts the parts together. Only this module knows every one of them; only it and the command read the settings."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def open_parts(settings: Settings) -> Iterator[Parts]:
 
     Raises ``StartError`` for settings that must not be served, and ``ModelError`` for a broken model.
     """
-    keyring = load_keyring(settings)
+    keyring = _load_keyring(settings)
     registry = CollectorRegistry()
     with ExitStack() as stack:
         repository = stack.enter_context(open_repository(settings))
@@ -175,7 +175,7 @@ def open_parts(settings: Settings) -> Iterator[Parts]:
         )
 
 
-def load_keyring(settings: Settings) -> Keyring:
+def _load_keyring(settings: Settings) -> Keyring:
     """Return the keys. Raises ``StartError`` if they are unreadable, or missing where others can connect."""
     try:
         keyring = Keyring(settings.api_keys_file)

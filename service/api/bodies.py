@@ -144,10 +144,8 @@ async def _form(request: Request, model: type[Body], max_image: int) -> dict[str
 async def _photo(name: str, part: UploadFile | str, max_image: int) -> bytes:
     if isinstance(part, str):
         raise InvalidRequest(f"{name}: must be a file.")
-    if (part.size or 0) > max_image:
-        # The photo's own check says it in the words of its limit; only that much is read.
-        return await part.read(max_image + 1)
-    return await part.read()
+    # Of a photo that is too large only so much is read; its own check then names the limit.
+    return await part.read(max_image + 1)
 
 
 def _single(name: str, values: list[Any]) -> Any:

@@ -183,9 +183,7 @@ class Repository:
         with self._write() as connection:
             # Two who enrol one subject at once must not both find it missing.
             gallery_id = _gallery_id(connection, gallery, lock=True)
-            row = connection.execute(
-                select(subjects).where(subjects.c.gallery_id == gallery_id, subjects.c.name == subject)
-            ).first()
+            row = connection.execute(_subject_query(gallery_id, subject)).first()
             if row is None:
                 subject_id = _inserted(
                     connection.execute(
@@ -512,9 +510,7 @@ def _gallery_id(connection: Connection, name: str, *, lock: bool = False) -> int
 
 def _subject_row(connection: Connection, gallery: str, name: str) -> Row[Any]:
     gallery_id = _gallery_id(connection, gallery)
-    row = connection.execute(
-        select(subjects).where(subjects.c.gallery_id == gallery_id, subjects.c.name == name)
-    ).first()
+    row = connection.execute(_subject_query(gallery_id, name)).first()
     if row is None:
         raise SubjectNotFound(f"The gallery {gallery!r} has no subject named {name!r}.")
     return row
@@ -525,6 +521,10 @@ def _template_row(connection: Connection, face_id: str) -> Row[Any]:
     if row is None:
         raise FaceNotFound(f"There is no enrolled face {face_id!r}.")
     return row
+
+
+def _subject_query(gallery_id: int, name: str) -> Select[Any]:
+    return select(subjects).where(subjects.c.gallery_id == gallery_id, subjects.c.name == name)
 
 
 def _gallery_query() -> Select[Any]:
