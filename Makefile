@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 PIP = -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Asked for by its exact version, pip also finds a torch that lies on the machine's disk.
+TORCH = $(shell grep -E '^torch(vision)?==' constraints.txt)
 HOST ?= 127.0.0.1
 PORT ?= 8000
 
@@ -33,6 +35,7 @@ format: .venv/test.done
 
 .venv/test.done: pyproject.toml constraints.txt
 	@$(PYTHON) -m venv .venv/test
+	@.venv/test/bin/python $(PIP) $(TORCH)
 	@.venv/test/bin/python $(PIP) -e '.[test,check]'
 	@touch $@
 

@@ -15,7 +15,7 @@ from service.vision.manifest import ModelError
 from training.calibrate import Origin
 from training.calibrate import calibrate as calibrate_model
 from training.convert import ConversionError, convert_centerface, convert_dlib
-from training.data import DataError, Layout, Role, celeba_photos, folder_photos
+from training.data import DataError, Layout, Role, celeba_photos, folder_photos, unlabelled_photos
 from training.evaluate import EvaluationSet, draw, read_figures, table, update_document, write_figures
 from training.evaluate import evaluate as evaluate_model
 from training.metrics import RESAMPLES
@@ -23,7 +23,7 @@ from training.open_set import REPEATS, write_trial
 from training.open_set import draw as draw_trial
 from training.open_set import open_set as open_set_trial
 from training.open_set import table as trial_table
-from training.prepare import Alignment, Counts
+from training.prepare import Alignment, Counts, Target
 from training.prepare import prepare as prepare_crops
 
 app = typer.Typer(no_args_is_help=True, help="Convert, prepare, calibrate and evaluate models. See docs/training.md.")
@@ -65,13 +65,19 @@ def prepare(
     data: Annotated[Path, typer.Option(help="The data-set folder.")],
     out: Annotated[Path, typer.Option(help="Folder for the crops. Photos of people go there: keep it private.")],
     layout: Annotated[
-        Layout, typer.Option(help="celeba: CelebA-500 and celebA_ir; folders: one folder for each person.")
+        Layout,
+        typer.Option(
+            help="celeba: CelebA-500 and celebA_ir; folders: one folder for each person; utkface: photos without names."
+        ),
     ] = Layout.CELEBA,
     role: Annotated[
         list[Role] | None,
         typer.Option(help="celeba: only people of this role, repeatable, default all. folders: the role of all."),
     ] = None,
     model: Model = _MODELS / "dlib-resnet",
+    training: Annotated[
+        bool, typer.Option("--training", help="Crops to train on: the model's, smaller and with room around them.")
+    ] = False,
     detector: Annotated[Path, typer.Option(help="Folder of the detector.")] = _MODELS / "centerface",
     alignment: Annotated[Alignment, typer.Option(help="The service uses eye-line.")] = Alignment.EYE_LINE,
     like_queries: Annotated[
@@ -85,6 +91,8 @@ def prepare(
     with _explained():
         if layout is Layout.CELEBA:
             photos = celeba_photos(data, role or tuple(Role))
+        elif layout is Layout.UTKFACE:
+            photos = [photo for photo in unlabelled_photos(data) if not role or photo.role in role]
         else:
             if role is None or len(role) != 1:
                 raise DataError("say with one --role what these people are for, such as --role calibration")
@@ -94,7 +102,7 @@ def prepare(
             data,
             out,
             layout=layout,
-            embedder=model,
+            target=Target.for_training(model) if training else Target.of(model),
             detector=detector,
             alignment=alignment,
             like_queries=like_queries,
@@ -182,6 +190,71 @@ def open_set(
         if document is not None:
             update_document(document, f"{role}.open-set", trial_table(trial))
     typer.echo(trial_table(trial))
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="TOML file; those of the reported runs are in training/configs.")],
+    crops: Annotated[
+        list[Path], typer.Option(help="Folder that `prepare --training` has filled; repeat it for further data sets.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the run: its metrics, checkpoint and final weights.")],
+    init: Annotated[Path | None, typer.Option(help="Final weights of another run to begin with.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    steps: Annotated[int | None, typer.Option(min=1, help="In place of the configuration's.")] = None,
+    tensorboard: Annotated[Path | None, typer.Option(help="Folder for TensorBoard logs.")] = None,
+    threads: Threads = None,
+) -> None:
+    """Train an embedder. Can be killed and resumed; under `torchrun` the processes share each batch."""
+    import torch
+
+    from training.train import train as train_embedder
+
+    with _explained():
+        torch.set_num_threads(threads or _cores())
+        final = train_embedder(config, crops, out, init=init, resume=resume, steps=steps, tensorboard=tensorboard)
+    typer.echo(f"{final} written")
+
+
+@app.command()
+def test(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run; test.json is written there.")],
+    crops: Annotated[Path, typer.Option(help="Training crops with the class people.")],
+    threads: Threads = None,
+) -> None:
+    """Accuracy on the official test split: once for each run, when nothing is left to be chosen."""
+    import torch
+
+    from training.train import test as test_run
+
+    with _explained():
+        torch.set_num_threads(threads or _cores())
+        found = test_run(run, crops)
+    accuracy = "no classifier" if found.accuracy is None else f"{found.accuracy:.4f}"
+    typer.echo(f"{found.photos} photos: {accuracy}; nearest centroid {found.centroid_accuracy:.4f}")
+
+
+@app.command()
+def export(
+    final: Annotated[Path, typer.Argument(help="final.pt of a run.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; its name becomes the model_id.")],
+    model: Annotated[
+        Path, typer.Option(help="Folder of the embedder for which the training crops were prepared.")
+    ] = _MODELS / "dlib-resnet",
+    crops: Annotated[
+        Path | None, typer.Option(help="Training crops: for --int8, and to compare with torch on faces.")
+    ] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="8-bit integers.")] = False,
+) -> None:
+    """Write a run's network as ONNX with its manifest. Calibrate it next: see docs/training.md."""
+    from training.export import export as export_embedder
+
+    with _explained():
+        written = export_embedder(final, out, template=model, crops=crops, int8=int8)
+    typer.echo(
+        f"{out}: {written.manifest.model_id}, {written.megabytes:.1f} MB, "
+        f"at most {written.angle:.5f} rad from torch at batch 1, 5 and 32"
+    )
 
 
 def _told(counts: Counts) -> str:

@@ -1,13 +1,15 @@
 """The tables of a data-set folder: which photos there are, who is on them, and what each may be used for.
 
-Two layouts are read. ``celeba``: CelebA-500 with its identification set ``celebA_ir`` (photos of Liu et al.
+Three layouts are read. ``celeba``: CelebA-500 with its identification set ``celebA_ir`` (photos of Liu et al.
 2015, "Deep Learning Face Attributes in the Wild", ICCV), in the folders and tables named below. ``folders``:
-one folder for each person, photos in it, nothing else needed.
+one folder for each person, photos in it, nothing else needed. ``utkface``: photos without names (Zhang, Song, Qi
+2017, "Age Progression/Regression by Conditional Adversarial Autoencoder", CVPR).
 """
 
 from __future__ import annotations
 
 import csv
+import hashlib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -41,6 +43,7 @@ class Layout(StrEnum):
 
     CELEBA = "celeba"
     FOLDERS = "folders"
+    UTKFACE = "utkface"
 
 
 class Role(StrEnum):
@@ -48,7 +51,8 @@ class Role(StrEnum):
 
     ``class`` and ``further``: training. ``calibration``: the score distributions that ship with a model.
     ``validation``: choices between models. ``query`` and ``distractor``, together ``celebA_ir``: the final
-    evaluation and nothing else.
+    evaluation and nothing else. ``unlabelled``: faces without a name, training with a teacher. ``stranger``:
+    faces without a name, evaluation only.
     """
 
     CLASS = "class"
@@ -57,6 +61,8 @@ class Role(StrEnum):
     VALIDATION = "validation"
     QUERY = "query"
     DISTRACTOR = "distractor"
+    UNLABELLED = "unlabelled"
+    STRANGER = "stranger"
 
 
 class Split(StrEnum):
@@ -67,6 +73,12 @@ class Split(StrEnum):
     TEST = "test"
     NONE = ""
 
+
+STRANGERS_AMONG = 5
+"""Of so many photos without a name one is kept apart for evaluation."""
+
+NAMELESS_ROLES = frozenset({Role.UNLABELLED, Role.STRANGER})
+"""The roles of photos without a name."""
 
 IDENTIFICATION_ROLES = frozenset({Role.QUERY, Role.DISTRACTOR})
 """The roles that make up ``celebA_ir``: evaluation only."""
@@ -105,10 +117,9 @@ def read_roles(data: Path) -> dict[str, Role]:
     """``people.csv``: role of each person, by CelebA's identity. Raises :class:`DataError`."""
     roles: dict[str, Role] = {}
     for place, row in _rows(data / PEOPLE_TABLE, ("celeba_identity", "role")):
-        try:
-            role = Role(row["role"])
-        except ValueError:
-            raise DataError(f"{place}: there is no role {row['role']!r}") from None
+        role = next((role for role in Role if role == row["role"] and role not in NAMELESS_ROLES), None)
+        if role is None:
+            raise DataError(f"{place}: there is no role {row['role']!r}")
         _add(roles, row["celeba_identity"], role, place)
     return roles
 
@@ -179,6 +190,26 @@ def celeba_photos(data: Path, roles: Collection[Role] = tuple(Role)) -> list[Pho
     return sorted(photos, key=lambda photo: photo.file)
 
 
+def unlabelled_photos(data: Path) -> list[Photo]:
+    """The photos below a folder that have no names, sorted by file; each counts as a person of its own.
+
+    Every fifth, by the SHA-256 of its file name, is of role ``stranger``, the others ``unlabelled``. Raises
+    :class:`DataError` if there are none.
+    """
+    try:
+        files = [path for path in data.rglob("*") if path.suffix.lower() in PHOTO_SUFFIXES and path.is_file()]
+    except OSError as error:
+        raise DataError(f"{data} cannot be read: {error.strerror}") from error
+    if not files:
+        raise DataError(f"{data} has no photos in it")
+    photos = []
+    for file in files:
+        kept_apart = int(hashlib.sha256(file.name.encode()).hexdigest(), 16) % STRANGERS_AMONG == 0
+        name = file.relative_to(data).as_posix()
+        photos.append(Photo(name, name, Role.STRANGER if kept_apart else Role.UNLABELLED))
+    return sorted(photos, key=lambda photo: photo.file)
+
+
 def folder_photos(data: Path, role: Role) -> list[Photo]:
     """The photos of a folder with one folder for each person, sorted by file; all of them get ``role``.
 
@@ -186,6 +217,8 @@ def folder_photos(data: Path, role: Role) -> list[Photo]:
     """
     if role in IDENTIFICATION_ROLES:
         raise DataError(f"a folder of people cannot have the role {role}, which stands for celebA_ir's crops")
+    if role in NAMELESS_ROLES:
+        raise DataError(f"a folder of people cannot have the role {role}, which stands for faces without a name")
     try:
         people = sorted(path for path in data.iterdir() if path.is_dir() and not path.name.startswith("."))
         photos = [

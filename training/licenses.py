@@ -1,4 +1,4 @@
-"""Licence texts that travel with the weights which ``training.convert`` rewrites."""
+"""Licence texts that travel with weights: those that ``training.convert`` rewrites, and our own."""
 
 MIT = """\
 MIT License
@@ -141,4 +141,18 @@ Affirmer's express Statement of Purpose.
 
 For more information, please see
 <http://creativecommons.org/publicdomain/zero/1.0/>
+"""
+
+RESEARCH_WEIGHTS = """\
+These weights were trained by the authors of Vultus, who give to others what
+rights they have in them under the Apache License 2.0, the licence of the
+project.
+
+The photos that they were trained on are named in manifest.json. CelebA (Liu,
+Luo, Wang, Tang, "Deep Learning Face Attributes in the Wild", ICCV 2015) and
+UTKFace (Zhang, Song, Qi, "Age Progression/Regression by Conditional
+Adversarial Autoencoder", CVPR 2017) are given out by their authors for
+non-commercial research purposes only. Whether and how far such terms bind
+those who use weights is not settled everywhere; until you know that they do
+not bind you, use these weights for non-commercial research only.
 """

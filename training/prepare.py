@@ -79,6 +79,13 @@ LEAST_AREA: Final = 0.25
 
 _BATCH = 64
 
+TRAINING_SIZE: Final = 168
+"""Side of the crops that networks are trained on, pixels."""
+
+TRAINING_VIEW: Final = 120
+"""Side of the middle of such a crop that dlib-resnet's 150 px crop shows; around it is room to turn, shift and
+scale. The eyes are 44.6 px apart, 39 in a photo of CelebA."""
+
 _Crops: TypeAlias = np.memmap[tuple[int, ...], np.dtype[np.uint8]]
 
 
@@ -88,6 +95,32 @@ class Acquired(StrEnum):
     DETECTOR = "detector"
     FALLBACK = "fallback"
     NONE = "none"
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is cut: crops of ``size`` px with the landmarks at ``points``, ``float32[5, 2]``, pixels of the crop."""
+
+    size: int
+    points: Landmarks
+
+    @classmethod
+    def of(cls, embedder: Path) -> Target:
+        """The crops of an embedder's folder. Raises :class:`~service.vision.manifest.ModelError`."""
+        manifest = load_embedder_manifest(embedder)
+        return cls(manifest.input.size, manifest.template.points)
+
+    @classmethod
+    def for_training(cls, embedder: Path) -> Target:
+        """An embedder's crops scaled to :data:`TRAINING_VIEW` px, with room around them.
+
+        Raises :class:`~service.vision.manifest.ModelError`.
+        """
+        whole = cls.of(embedder)
+        margin = (TRAINING_SIZE - TRAINING_VIEW) / 2
+        # Pixel centres have whole-numbered coordinates, so that scaling is about the corner at -0.5.
+        points = (whole.points + 0.5) * (TRAINING_VIEW / whole.size) - 0.5 + margin
+        return cls(TRAINING_SIZE, points.astype(np.float32))
 
 
 class Alignment(StrEnum):
@@ -202,7 +235,7 @@ def prepare(
     out: Path,
     *,
     layout: Layout,
-    embedder: Path,
+    target: Target,
     detector: Path,
     alignment: Alignment = Alignment.EYE_LINE,
     like_queries: bool = False,
@@ -211,8 +244,8 @@ def prepare(
 ) -> Summary:
     """Cut one crop for each photo into the folder ``out``, or finish what was begun there.
 
-    ``photos``: from :mod:`training.data`, paths relative to ``data``. ``embedder``, ``detector``: folders of
-    models; crop size and template come from the embedder's manifest. ``jobs``: photos that are worked on at
+    ``photos``: from :mod:`training.data`, paths relative to ``data``. ``target``: crop
+    size and template. ``detector``: folder of the detector. ``jobs``: photos that are worked on at
     the same time, each on one core. ``like_queries``: cut 178×218 photos to the window of ``celebA_ir``
     first, to see on other people what its tight photos do.
 
@@ -223,14 +256,13 @@ def prepare(
     Raises :class:`~training.data.DataError` if a photo is missing, if ``out`` was begun with other settings,
     or if another process works on it; :class:`~service.vision.manifest.ModelError` if a model is unsound.
     """
-    target = load_embedder_manifest(embedder)
     finder = load_detector_manifest(detector)
     settings = Settings(
         layout=layout,
         photos=len(photos),
         photos_sha256=photo_list_sha256(photos),
-        size=target.input.size,
-        template=tuple((float(x), float(y)) for x, y in target.template.points),
+        size=target.size,
+        template=tuple((float(x), float(y)) for x, y in target.points),
         alignment=alignment,
         like_queries=like_queries,
         detector=finder.model_id,
@@ -243,8 +275,8 @@ def prepare(
         cutter = _Cutter(
             data,
             FaceDetector.load(detector, least_score=LEAST_SCORE),
-            target.template.points,
-            target.input.size,
+            target.points,
+            target.size,
             settings,
         )
         done, crops = _begun(out, settings)

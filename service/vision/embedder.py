@@ -41,6 +41,11 @@ class Embedder:
         return self._manifest
 
     @property
+    def network(self) -> OnnxModel:
+        """The network itself, without preparation."""
+        return self._network
+
+    @property
     def model_id(self) -> str:
         """The name under which templates of this network are kept."""
         return self._manifest.model_id

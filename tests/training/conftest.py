@@ -14,9 +14,10 @@ from service.domain import Image, Landmarks
 from service.vision.alignment import align
 from service.vision.detector import FaceDetector
 from service.vision.image import decode_image
+from tests.training.learning import write_crops
 from training.convert import CENTERFACE, DLIB_RESNET, PackagedFile, fetch
 from training.data import Layout, celeba_photos
-from training.prepare import prepare
+from training.prepare import Target, prepare
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ROOT / "models"
@@ -110,6 +111,12 @@ def celeba(tmp_path_factory: pytest.TempPathFactory, portraits: dict[str, list[I
 
 
 @pytest.fixture(scope="session")
+def learnable(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of training crops of people who are easily told apart, read only."""
+    return write_crops(tmp_path_factory.mktemp("learnable") / "crops")
+
+
+@pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory, celeba: Path) -> Path:
     """The crops of every photo of :func:`celeba` for dlib-resnet, read only."""
     out = tmp_path_factory.mktemp("crops")
@@ -118,7 +125,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, celeba: Path) -> Path:
         celeba,
         out,
         layout=Layout.CELEBA,
-        embedder=MODELS / "dlib-resnet",
+        target=Target.of(MODELS / "dlib-resnet"),
         detector=MODELS / "centerface",
         jobs=2,
         progress=False,

@@ -12,7 +12,7 @@ from service.calibration import Calibration
 from service.vision.embedder import Embedder
 from training.calibrate import CALIBRATION, Origin, calibrate
 from training.data import DataError, Layout, Role, celeba_photos, folder_photos
-from training.prepare import Alignment, load_prepared, prepare
+from training.prepare import Alignment, Target, load_prepared, prepare
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ROOT / "models"
@@ -32,7 +32,7 @@ def only(roles: list[Role], celeba: Path, out: Path, alignment: Alignment = Alig
         celeba,
         out,
         layout=Layout.CELEBA,
-        embedder=MODELS / "dlib-resnet",
+        target=Target.of(MODELS / "dlib-resnet"),
         detector=MODELS / "centerface",
         alignment=alignment,
         progress=False,
@@ -119,7 +119,7 @@ def test_own_photos_need_an_origin(model: Path, celeba: Path, tmp_path: Path) ->
         data,
         crops,
         layout=Layout.FOLDERS,
-        embedder=MODELS / "dlib-resnet",
+        target=Target.of(MODELS / "dlib-resnet"),
         detector=MODELS / "centerface",
         progress=False,
     )

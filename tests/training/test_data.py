@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from training.data import (
     read_queries,
     read_roles,
     read_splits,
+    unlabelled_photos,
 )
 
 PEOPLE = "celeba_identity,role,photos\n1,class,3\n2,further,1\n3,query,1\n4,distractor,1\n5,calibration,1\n"
@@ -148,6 +150,22 @@ def test_a_folder_for_each_person(tmp_path: Path) -> None:
         Photo("Bo/1.jpg", "Bo", Role.FURTHER),
         Photo("Bo/2.PNG", "Bo", Role.FURTHER),
     ]
+
+
+def test_photos_without_names_are_told_apart_by_their_files_digests(tmp_path: Path) -> None:
+    names = [f"{number}_0_1_2017.webp" for number in range(60)]
+    (tmp_path / "faces").mkdir()
+    for name in [*names, "README.md"]:
+        (tmp_path / "faces" / name).touch()
+    photos = unlabelled_photos(tmp_path)
+    assert [photo.file for photo in photos] == sorted(f"faces/{name}" for name in names)
+    assert len({photo.identity for photo in photos}) == 60
+    apart = {name for name in names if int(hashlib.sha256(name.encode()).hexdigest(), 16) % 5 == 0}
+    assert 0 < len(apart) < 30
+    for photo in photos:
+        assert photo.role is (Role.STRANGER if Path(photo.file).name in apart else Role.UNLABELLED)
+    with pytest.raises(DataError, match="no photos"):
+        unlabelled_photos(tmp_path / "elsewhere")
 
 
 def test_folders_without_people_or_for_an_impossible_role_are_refused(tmp_path: Path) -> None:

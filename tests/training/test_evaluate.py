@@ -24,7 +24,7 @@ from training.evaluate import (
     write_figures,
 )
 from training.metrics import FPRS
-from training.prepare import Counts, load_prepared, prepare
+from training.prepare import Counts, Target, load_prepared, prepare
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ROOT / "models"
@@ -96,7 +96,7 @@ def test_crops_without_the_people_are_refused(celeba: Path, tmp_path: Path) -> N
         celeba,
         tmp_path,
         layout=Layout.CELEBA,
-        embedder=MODEL,
+        target=Target.of(MODEL),
         detector=MODELS / "centerface",
         progress=False,
     )

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import cv2
 import filelock
 import numpy as np
 import pytest
@@ -26,10 +27,13 @@ from training.prepare import (
     INDEX,
     PROGRESS,
     SUMMARY,
+    TRAINING_SIZE,
+    TRAINING_VIEW,
     Acquired,
     Alignment,
     Counts,
     Summary,
+    Target,
     load_prepared,
     pick_face,
     prepare,
@@ -49,13 +53,14 @@ def cut(
     alignment: Alignment = Alignment.EYE_LINE,
     like_queries: bool = False,
     jobs: int = 1,
+    target: Target | None = None,
 ) -> Summary:
     return prepare(
         photos,
         data,
         out,
         layout=layout,
-        embedder=MODELS / "dlib-resnet",
+        target=target or Target.of(MODELS / "dlib-resnet"),
         detector=MODELS / "centerface",
         alignment=alignment,
         like_queries=like_queries,
@@ -114,6 +119,21 @@ def test_a_photo_without_a_face_is_counted_and_left_out(prepared: Path) -> None:
     assert not done.crops[missed].any()
     assert done.counts(*Role).photos == len(done.rows)
     assert not (prepared / PROGRESS).exists()
+
+
+def test_training_crops_have_the_embedders_crop_in_their_middle(celeba: Path, prepared: Path, tmp_path: Path) -> None:
+    photos = celeba_photos(celeba, [Role.VALIDATION])
+    cut(photos, celeba, tmp_path / "wide", target=Target.for_training(MODELS / "dlib-resnet"))
+    margin = (TRAINING_SIZE - TRAINING_VIEW) // 2
+    whole = load_prepared(prepared)
+    crops = {row.photo: crop for row, crop in zip(whole.rows, whole.crops, strict=True)}
+    wide = load_prepared(tmp_path / "wide")
+    assert wide.crops.shape[1:] == (TRAINING_SIZE, TRAINING_SIZE, 3)
+    for row, crop in zip(wide.rows, wide.crops, strict=True):
+        small = cv2.resize(crops[row.photo], (TRAINING_VIEW, TRAINING_VIEW), interpolation=cv2.INTER_AREA)
+        difference = crop[margin:-margin, margin:-margin].astype(float) - small
+        # A shift by half a pixel would be seen here.
+        assert np.abs(difference).mean() < 2.5
 
 
 def test_the_other_alignment_and_tight_cuts_of_large_photos(

@@ -1,0 +1,113 @@
+"""How good a network is while it learns, on the photos that choices may rest on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812 (its usual name)
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from training.augment import normalised, views
+from training.backbone import Backbone
+from training.batches import require_training_crops
+from training.data import DataError, Role, Split
+from training.metrics import all_pairs, numbered, rates
+from training.prepare import Prepared
+
+CENTROID_PHOTOS = 5
+"""Training photos of each person whose mean is its centroid while a run goes on; at its end it is all of them."""
+
+_BATCH = 128
+
+
+class Score(BaseModel):
+    """What a network reaches.
+
+    ``accuracy``: of the classifier, None if the objective has none; ``centroid_accuracy``: of the nearest mean of
+    training embeddings, by cosine; both on the ``class`` people's photos of ``split``. ``tpr``: by FPR, over all pairs
+    of photos of the ``validation`` people, of whom nothing was learned.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    split: Split
+    photos: int
+    accuracy: float | None
+    centroid_accuracy: float
+    tpr: dict[str, float]
+
+
+def score(
+    network: Backbone,
+    scores: Callable[[Tensor], Tensor] | None,
+    people: Sequence[str],
+    prepared: Prepared,
+    size: int,
+    *,
+    split: Split = Split.VALIDATION,
+    centroid_photos: int | None = CENTROID_PHOTOS,
+) -> Score:
+    """Measure ``network``, which is put into evaluation mode, on a folder of training crops.
+
+    ``scores``: classifier of embeddings ``float32[N, D]`` for the ``people``, in their order. ``centroid_photos``: at
+    most so many for each person, the first by file; None for all. Raises :class:`~training.data.DataError` if photos
+    that are needed are missing.
+    """
+    require_training_crops(prepared)
+    chosen = [i for i in prepared.where(Role.CLASS) if prepared.rows[i].photo.split is split]
+    unseen = list(prepared.where(Role.VALIDATION))
+    taken: dict[str, list[int]] = {}
+    for i in prepared.where(Role.CLASS):
+        photo = prepared.rows[i].photo
+        if photo.split is Split.TRAIN and len(taken.setdefault(photo.identity, [])) != centroid_photos:
+            taken[photo.identity].append(int(i))
+    if not chosen or not unseen or not taken:
+        raise DataError(f"{prepared.folder} has no photos of the class and validation people to choose by")
+    network.eval()
+    embeddings = embed(network, prepared, [*chosen, *unseen, *(i for own in taken.values() for i in own)], size)
+    photos = embeddings[: len(chosen)]
+    truth = [prepared.rows[i].photo.identity for i in chosen]
+    accuracy = None
+    if scores is not None:
+        with torch.no_grad():
+            best = scores(photos).argmax(dim=1)
+        accuracy = float(np.mean([people[int(place)] == name for place, name in zip(best, truth, strict=True)]))
+    unit = F.normalize(embeddings)
+    ends = len(chosen) + len(unseen) + np.cumsum([len(own) for own in taken.values()])
+    parts = torch.tensor_split(unit[len(chosen) + len(unseen) :], (ends[:-1] - len(chosen) - len(unseen)).tolist())
+    centroids = F.normalize(torch.stack([part.mean(dim=0) for part in parts]))
+    names = list(taken)
+    nearest = (unit[: len(chosen)] @ centroids.T).argmax(dim=1)
+    right = [names[int(place)] == name for place, name in zip(nearest, truth, strict=True)]
+    nobody = np.empty((0, network.dimension), np.float32), np.empty(0, np.int32)
+    strangers = unit[len(chosen) : len(chosen) + len(unseen)].numpy()
+    identities = numbered([prepared.rows[i].photo.identity for i in unseen])
+    genuine, impostor = all_pairs(strangers, identities, *nobody)
+    found = rates(genuine.similarity, impostor.similarity, (0.1, 0.01, 0.001))
+    return Score(
+        split=split,
+        photos=len(chosen),
+        accuracy=accuracy,
+        centroid_accuracy=float(np.mean(right)),
+        tpr={f"{rate.fpr:g}": rate.tpr for rate in found},
+    )
+
+
+def embed(network: Backbone, prepared: Prepared, indices: Sequence[int] | NDArray[np.intp], size: int) -> Tensor:
+    """``float32[N, D]``, not of unit length, of plain views of the crops with these indices, plus their mirror images'.
+
+    The two are added, as the service does with models whose manifest says ``flip``.
+    """
+    device = next(network.parameters()).device
+    found = []
+    for start in range(0, len(indices), _BATCH):
+        part = np.asarray(indices[start : start + _BATCH])
+        batch = normalised(views(torch.from_numpy(np.asarray(prepared.crops[part])), size)).to(device)
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+            both = network(batch).float() + network(batch.flip(3)).float()
+        found.append(both.cpu())
+    return torch.cat(found)
