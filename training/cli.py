@@ -229,9 +229,24 @@ def test(
 
     with _explained():
         torch.set_num_threads(threads or _cores())
-        found = test_run(run, crops)
+        found = test_run(run, crops).score
     accuracy = "no classifier" if found.accuracy is None else f"{found.accuracy:.4f}"
     typer.echo(f"{found.photos} photos: {accuracy}; nearest centroid {found.centroid_accuracy:.4f}")
+
+
+@app.command()
+def report(
+    runs: Annotated[Path, typer.Option(help="Folder with a folder for each run.")] = Path("training/runs"),
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("docs/accuracy"),
+    document: Annotated[Path, typer.Option(help="Markdown file with marked places.")] = Path("docs/accuracy.md"),
+) -> None:
+    """Tables and pictures of all runs, from their metrics.jsonl and test.json."""
+    from training.report import report as write_report
+
+    with _explained():
+        paths = write_report(runs, out, document)
+    for path in paths:
+        typer.echo(f"{path} written")
 
 
 @app.command()

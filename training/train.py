@@ -30,6 +30,7 @@ from torch.distributed import destroy_process_group, init_process_group
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from training.analysis import analyse
 from training.augment import AugmentConfig, normalised, resized, views
 from training.backbone import Backbone, BackboneConfig
 from training.batches import TrainingSet, people_by_photos, shuffled, training_set
@@ -37,13 +38,13 @@ from training.data import DataError, Role, Split
 from training.distill import DistillConfig, Teacher, distance
 from training.losses import LossConfig, TripletConfig, make_objective
 from training.prepare import Prepared, load_prepared
-from training.validation import CENTROID_PHOTOS, Score, score
+from training.report import TEST, Test
+from training.validation import CENTROID_PHOTOS, score
 
 CONFIG: Final = "config.toml"
 METRICS: Final = "metrics.jsonl"
 CHECKPOINT: Final = "checkpoint.pt"
 FINAL: Final = "final.pt"
-TEST: Final = "test.json"
 
 _AHEAD = 2
 
@@ -266,7 +267,7 @@ def load_final(path: Path) -> tuple[Learner, RunConfig, tuple[str, ...]]:
     return learner.eval(), config, tuple(state["people"])
 
 
-def test(run: Path, crops: Path) -> Score:
+def test(run: Path, crops: Path) -> Test:
     """Measure a finished run on the official test split, once, and write ``test.json`` into its folder.
 
     Raises :class:`~training.data.DataError` if that was done, or if the photos are missing.
@@ -275,8 +276,10 @@ def test(run: Path, crops: Path) -> Score:
         raise DataError(f"{run / TEST} is there: the test split is looked at once for each run")
     learner, config, people = load_final(run / FINAL)
     scores = getattr(learner.objective, "scores", None)
-    found = score(
-        learner.backbone, scores, people, load_prepared(crops), config.size, split=Split.TEST, centroid_photos=None
+    prepared, size = load_prepared(crops), config.size
+    found = Test(
+        score=score(learner.backbone, scores, people, prepared, size, split=Split.TEST, centroid_photos=None),
+        analysis=analyse(learner.backbone, scores, people, prepared, size, Split.TEST),
     )
     (run / TEST).write_text(found.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return found

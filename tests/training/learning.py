@@ -18,8 +18,8 @@ def write_crops(folder: Path, *, seed: int = 0, classes: int = 10, size: int = T
     generator = np.random.default_rng(seed)
     photos: list[Photo] = []
     for person in range(classes):
-        for number in range(9):
-            split = (Split.TRAIN,) * 6 + (Split.VALIDATION, Split.VALIDATION, Split.TEST)
+        for number in range(10):
+            split = (Split.TRAIN,) * 6 + (Split.VALIDATION, Split.VALIDATION, Split.TEST, Split.TEST)
             photos.append(Photo(f"c{person}/{number}.jpg", f"c{person}", Role.CLASS, split[number]))
     for role, letter, people, each in (
         (Role.FURTHER, "f", 3, 4),

@@ -19,9 +19,10 @@ from training.batches import training_set
 from training.data import DataError, Role, Split
 from training.distill import DistillConfig, Teacher, distance
 from training.prepare import load_prepared
+from training.report import Test
 from training.train import CHECKPOINT, FINAL, METRICS, load_final, read_config, train
 from training.train import test as measure
-from training.validation import Score, score
+from training.validation import score
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "training" / "configs").glob("*.toml"))
@@ -93,15 +94,16 @@ def test_each_loss_learns_to_tell_people_apart(learnable, tmp_path, loss):
     scores = getattr(learner.objective, "scores", None)
     found = score(learner.backbone, scores, people, prepared, 32, centroid_photos=None)
     assert found.model_dump(mode="json") == last["validation"]
-    assert score(learner.backbone, scores, people, prepared, 32, split=Split.TEST).photos == 10
+    assert score(learner.backbone, scores, people, prepared, 32, split=Split.TEST).photos == 20
 
 
 def test_the_test_split_is_looked_at_once(learnable, tmp_path):
     run = tmp_path / "run"
     train(config(tmp_path, steps=2), [learnable], run, progress=False)
     found = measure(run, learnable)
-    assert (found.split, found.photos) == (Split.TEST, 10)
-    assert Score.model_validate_json((run / "test.json").read_bytes()) == found
+    assert (found.score.split, found.score.photos) == (Split.TEST, 20)
+    assert found.analysis.errors == round((1 - found.score.accuracy) * 20)
+    assert Test.model_validate_json((run / "test.json").read_bytes()) == found
     with pytest.raises(DataError, match="once"):
         measure(run, learnable)
 
