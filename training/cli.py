@@ -208,11 +208,46 @@ def train(
     """Train an embedder. Can be killed and resumed; under `torchrun` the processes share each batch."""
     import torch
 
+    from training.train import read_config
     from training.train import train as train_embedder
 
     with _explained():
         torch.set_num_threads(threads or _cores())
-        final = train_embedder(config, crops, out, init=init, resume=resume, steps=steps, tensorboard=tensorboard)
+        final = train_embedder(
+            read_config(config), crops, out, init=init, resume=resume, steps=steps, tensorboard=tensorboard
+        )
+    typer.echo(f"{final} written")
+
+
+@app.command()
+def finetune(
+    base: Annotated[Path, typer.Option("--from", help="final.pt of the run whose network is to know more people.")],
+    data: Annotated[Path, typer.Option(help="Folder with a folder of photos for each new person.")],
+    out: Annotated[Path, typer.Option(help="Folder of the new run. Crops of people go there: keep it private.")],
+    model: Annotated[
+        Path, typer.Option(help="Folder of the embedder for whose template the network was trained.")
+    ] = _MODELS / "dlib-resnet",
+    detector: Annotated[Path, typer.Option(help="Folder of the detector.")] = _MODELS / "centerface",
+    epochs: Annotated[int, typer.Option(min=1, help="How often each photo is learned from.")] = 30,
+    threads: Threads = None,
+) -> None:
+    """Improve a network on new people without forgetting the others. Can be repeated to go on."""
+    import torch
+
+    from training.finetune import finetune as finetune_embedder
+
+    with _explained():
+        torch.set_num_threads(threads or _cores())
+        prepare_crops(
+            folder_photos(data, Role.FURTHER),
+            data,
+            out / "crops",
+            layout=Layout.FOLDERS,
+            target=Target.for_training(model),
+            detector=detector,
+            jobs=threads or _cores(),
+        )
+        final = finetune_embedder(base, out / "crops", out, template=model, epochs=epochs)
     typer.echo(f"{final} written")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from training.data import DataError
 from training.evaluate import update_document
 from training.validation import Score
 
-CONFIG, METRICS, TEST = "config.toml", "metrics.jsonl", "test.json"
+CONFIG, METRICS, TEST = "config.json", "metrics.jsonl", "test.json"
 
 STUDY, ERRORS_TABLE = "study", "study.errors"
 """The names of the marked places in the document."""
@@ -51,7 +50,7 @@ def read_runs(folder: Path) -> list[Run]:
     runs = []
     for path in sorted(folder.glob(f"*/{METRICS}")):
         try:
-            config = tomllib.loads((path.parent / CONFIG).read_text(encoding="utf-8"))
+            config = json.loads((path.parent / CONFIG).read_bytes())
             lines = tuple(json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
             tested = path.parent / TEST
             test = Test.model_validate_json(tested.read_bytes()) if tested.exists() else None
@@ -236,7 +235,7 @@ def _histogram(axes: Axes, pairs: Similarities) -> None:
 
 
 def _objective(loss: dict[str, Any]) -> str:
-    return f"triplet ({loss.get('mining', 'batch-hard')})" if loss["kind"] == "triplet" else str(loss["kind"])
+    return f"triplet ({loss['mining']})" if loss["kind"] == "triplet" else str(loss["kind"])
 
 
 def _percent(share: float | None) -> str:

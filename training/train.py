@@ -1,6 +1,6 @@
 """The loop in which an embedder learns, on one page; the losses and the teacher are parts of it.
 
-A run's folder holds ``config.toml`` (as it was asked for), ``metrics.jsonl`` (a line for each measurement),
+A run's folder holds ``config.json`` (all that was asked for), ``metrics.jsonl`` (a line for each measurement),
 ``checkpoint.pt`` (to go on from) and at the end ``final.pt``. A step's crops, views and dropped features follow from
 the seed and the step's number, so that a run which was killed ends with the weights of one that was not, on the same
 machine with the same number of threads.
@@ -41,7 +41,7 @@ from training.prepare import Prepared, load_prepared
 from training.report import TEST, Test
 from training.validation import CENTROID_PHOTOS, score
 
-CONFIG: Final = "config.toml"
+CONFIG: Final = "config.json"
 METRICS: Final = "metrics.jsonl"
 CHECKPOINT: Final = "checkpoint.pt"
 FINAL: Final = "final.pt"
@@ -145,7 +145,7 @@ class Batch:
 
 
 def train(
-    config_path: Path,
+    config: RunConfig,
     crops: Sequence[Path],
     out: Path,
     *,
@@ -161,7 +161,6 @@ def train(
     checkpoint in ``out``. ``steps``: in place of the configuration's, also for a run that is resumed. Under
     ``torchrun`` each process takes its share of every batch. Raises :class:`~training.data.DataError`.
     """
-    config, text = read_config(config_path), config_path.read_text(encoding="utf-8")
     if steps is not None:
         config = config.model_copy(update={"steps": steps})
     if resume and not (out / CHECKPOINT).is_file():
@@ -187,7 +186,7 @@ def train(
         chief = rank == 0
         if chief:
             out.mkdir(parents=True, exist_ok=True)
-            (out / CONFIG).write_text(text, encoding="utf-8")
+            (out / CONFIG).write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
             _forget_after(out / METRICS, begun)
         writer = _writer(tensorboard) if chief and tensorboard is not None else None
         started = time.monotonic() - seconds

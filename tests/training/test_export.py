@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from service.vision.embedder import Embedder
-from tests.training.test_train import config
+from tests.training.test_train import config, learn
 from training.augment import views
 from training.data import DataError
 from training.export import PARITY, export
 from training.prepare import load_prepared
-from training.train import load_final, train
+from training.train import load_final
 from training.validation import embed
 
 DLIB = Path(__file__).resolve().parents[2] / "models" / "dlib-resnet"
@@ -23,7 +23,7 @@ DLIB = Path(__file__).resolve().parents[2] / "models" / "dlib-resnet"
 @pytest.fixture(scope="module")
 def final(learnable: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    return train(config(folder, steps=20), [learnable], folder / "tiny", progress=False)
+    return learn(config(folder, steps=20), [learnable], folder / "tiny", progress=False)
 
 
 def test_the_service_embeds_as_torch_does(learnable, final, tmp_path):

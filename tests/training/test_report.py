@@ -10,12 +10,11 @@ import pytest
 from PIL import Image as Pillow
 from sklearn.metrics import roc_curve
 
-from tests.training.test_train import config
+from tests.training.test_train import config, learn
 from training.analysis import equal_error_rate, mapped, similarities
 from training.data import DataError
 from training.report import read_runs, report
 from training.train import test as measure
-from training.train import train
 
 MARKS = "".join(f"<!-- figures:{name} -->\nold\n<!-- /figures:{name} -->\n" for name in ("study", "study.errors"))
 
@@ -66,7 +65,7 @@ def test_the_map_shows_twenty_people_and_keeps_them_together():
 def test_a_report_needs_no_weights_and_is_the_same_again(learnable: Path, tmp_path: Path):
     runs = tmp_path / "runs"
     for name, loss in (("first", "ce"), ("second", "triplet")):
-        train(config(tmp_path, loss, steps=6, measure_every=3), [learnable], runs / name, progress=False)
+        learn(config(tmp_path, loss, steps=6, measure_every=3), [learnable], runs / name, progress=False)
     found = measure(runs / "first", learnable)
     document = tmp_path / "accuracy.md"
     document.write_text(f"# Before\n{MARKS}after\n")
@@ -97,7 +96,7 @@ def test_a_report_needs_no_weights_and_is_the_same_again(learnable: Path, tmp_pa
 def test_no_runs_and_no_marks_are_told(learnable: Path, tmp_path: Path):
     with pytest.raises(DataError, match="no runs"):
         report(tmp_path, tmp_path / "out", tmp_path / "accuracy.md")
-    train(config(tmp_path, steps=1), [learnable], tmp_path / "runs" / "one", progress=False)
+    learn(config(tmp_path, steps=1), [learnable], tmp_path / "runs" / "one", progress=False)
     (tmp_path / "accuracy.md").write_text("nothing")
     with pytest.raises(DataError, match="no place for figures"):
         report(tmp_path / "runs", tmp_path / "out", tmp_path / "accuracy.md")

@@ -66,6 +66,10 @@ def config(folder: Path, loss: str = "ce", **changes: object) -> Path:
     return path
 
 
+def learn(given: Path, *args: object, **options: object) -> Path:
+    return train(read_config(given), *args, **options)
+
+
 def lines(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
 
@@ -81,7 +85,7 @@ def one_thread():
 @pytest.mark.parametrize("loss", LOSSES)
 def test_each_loss_learns_to_tell_people_apart(learnable, tmp_path, loss):
     run = tmp_path / "run"
-    final = train(config(tmp_path, loss, steps=40, measure_every=20), [learnable], run, progress=False)
+    final = learn(config(tmp_path, loss, steps=40, measure_every=20), [learnable], run, progress=False)
     first, last = lines(run)
     assert last["loss_named"] < first["loss_named"]
     assert last["validation"]["centroid_accuracy"] >= 0.5
@@ -99,7 +103,7 @@ def test_each_loss_learns_to_tell_people_apart(learnable, tmp_path, loss):
 
 def test_the_test_split_is_looked_at_once(learnable, tmp_path):
     run = tmp_path / "run"
-    train(config(tmp_path, steps=2), [learnable], run, progress=False)
+    learn(config(tmp_path, steps=2), [learnable], run, progress=False)
     found = measure(run, learnable)
     assert (found.score.split, found.score.photos) == (Split.TEST, 20)
     assert found.analysis.errors == round((1 - found.score.accuracy) * 20)
@@ -110,7 +114,7 @@ def test_the_test_split_is_looked_at_once(learnable, tmp_path):
 
 def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(learnable, tmp_path):
     given = config(tmp_path, steps=24, measure_every=4)
-    whole = load_final(train(given, [learnable], tmp_path / "whole", progress=False))[0]
+    whole = load_final(learn(given, [learnable], tmp_path / "whole", progress=False))[0]
     run = tmp_path / "killed"
     command = [
         sys.executable,
@@ -132,7 +136,7 @@ def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(learnable, tmp_pa
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (run / FINAL).exists()
-    resumed = load_final(train(given, [learnable], run, resume=True, progress=False))[0]
+    resumed = load_final(learn(given, [learnable], run, resume=True, progress=False))[0]
     for name, weight in whole.state_dict().items():
         assert torch.equal(weight, resumed.state_dict()[name]), name
     assert [line["step"] for line in lines(run)] == [4, 8, 12, 16, 20, 24]
@@ -144,7 +148,7 @@ def test_two_processes_learn_as_one_does(learnable, tmp_path):
     """With frozen batch statistics and no random views, the mean of two halves' gradients is the whole's."""
     given = config(tmp_path, steps=10, measure_every=2, frozen_statistics="true", learning_rate=0.02)
     given.write_text(given.read_text().replace("shift = 0.05", "shift = 0.0"))
-    train(given, [learnable], tmp_path / "one", progress=False)
+    learn(given, [learnable], tmp_path / "one", progress=False)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     command = ["training.cli", "train", given, "--crops", learnable, "--out", tmp_path / "two", "--threads", "1"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -163,17 +167,17 @@ def test_two_processes_learn_as_one_does(learnable, tmp_path):
 
 
 def test_other_weights_can_be_begun_with(learnable, tmp_path):
-    base = train(config(tmp_path, steps=2), [learnable], tmp_path / "base", progress=False)
+    base = learn(config(tmp_path, steps=2), [learnable], tmp_path / "base", progress=False)
     run = tmp_path / "run"
-    final = train(config(tmp_path, "arcface", steps=1, learning_rate=1e-9), [learnable], run, init=base, progress=False)
+    final = learn(config(tmp_path, "arcface", steps=1, learning_rate=1e-9), [learnable], run, init=base, progress=False)
     before, after = load_final(base)[0].backbone, load_final(final)[0].backbone
     assert torch.allclose(before.embed[0].weight, after.embed[0].weight, atol=1e-6)
     broad = config(tmp_path, steps=1)
     broad.write_text(broad.read_text().replace("layers = [1, 1, 1, 1]", "layers = [1, 1, 2, 1]"))
-    train(broad, [learnable], tmp_path / "broad", init=base, progress=False)
+    learn(broad, [learnable], tmp_path / "broad", init=base, progress=False)
     (tmp_path / "empty.pt").write_bytes(b"")
     with pytest.raises(DataError, match="cannot be read"):
-        train(broad, [learnable], tmp_path / "other", init=tmp_path / "empty.pt", progress=False)
+        learn(broad, [learnable], tmp_path / "other", init=tmp_path / "empty.pt", progress=False)
 
 
 def test_distillation_brings_the_learner_to_its_teacher(learnable, tmp_path):
@@ -181,7 +185,7 @@ def test_distillation_brings_the_learner_to_its_teacher(learnable, tmp_path):
     text = given.read_text().replace("dimension = 32", "dimension = 128")
     teacher = (ROOT / "models" / "dlib-resnet").as_posix()
     given.write_text(f'{text}\n[distill]\nteacher = "{teacher}"\nnamed_weight = 0.1\nrelation_weight = 1.0\n')
-    final = train(given, [learnable], tmp_path / "run", progress=False)
+    final = learn(given, [learnable], tmp_path / "run", progress=False)
     first, last = lines(tmp_path / "run")
     assert last["loss_cosine"] < first["loss_cosine"]
     assert set(last) >= {"loss_named", "loss_cosine", "loss_relation"}
@@ -204,27 +208,27 @@ def test_the_teacher_sees_what_the_learner_sees():
 
 def test_sizes_change_while_a_run_goes_on(learnable, tmp_path):
     given = config(tmp_path, sizes="[[0.0, 32], [0.5, 48]]", size=48, measure_every=6)
-    train(given, [learnable], tmp_path / "run", progress=False)
+    learn(given, [learnable], tmp_path / "run", progress=False)
     assert [line["size"] for line in lines(tmp_path / "run")] == [32, 48]
 
 
 def test_a_run_is_neither_overwritten_nor_mixed_with_another(learnable, tmp_path):
     given, run = config(tmp_path, steps=2), tmp_path / "run"
     with pytest.raises(DataError, match="no checkpoint"):
-        train(given, [learnable], run, resume=True, progress=False)
-    train(given, [learnable], run, progress=False)
+        learn(given, [learnable], run, resume=True, progress=False)
+    learn(given, [learnable], run, progress=False)
     with pytest.raises(DataError, match="holds a run"):
-        train(given, [learnable], run, progress=False)
+        learn(given, [learnable], run, progress=False)
     with pytest.raises(DataError, match="another configuration"):
-        train(config(tmp_path, steps=2, seed=9), [learnable], run, resume=True, progress=False)
-    train(given, [learnable], run, resume=True, steps=4, progress=False)
+        learn(config(tmp_path, steps=2, seed=9), [learnable], run, resume=True, progress=False)
+    learn(given, [learnable], run, resume=True, steps=4, progress=False)
     assert lines(run)[-1]["step"] == 4
 
 
 def test_a_run_that_diverges_says_so(learnable, tmp_path):
     given = config(tmp_path, "arcface", steps=50, learning_rate=1e30, clip=1e30)
     with pytest.raises(DataError, match="lower the learning rate"):
-        train(given, [learnable], tmp_path / "run", progress=False)
+        learn(given, [learnable], tmp_path / "run", progress=False)
 
 
 @pytest.mark.parametrize(
@@ -242,7 +246,7 @@ def test_a_run_that_diverges_says_so(learnable, tmp_path):
 )
 def test_wrong_configurations_are_refused(learnable, tmp_path, changes, loss, message):
     with pytest.raises(DataError, match=message):
-        train(config(tmp_path, loss, **changes), [learnable], tmp_path / "run", progress=False)
+        learn(config(tmp_path, loss, **changes), [learnable], tmp_path / "run", progress=False)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -267,7 +271,7 @@ def test_the_network_is_a_resnext(stem, head):
 def test_tensorboard_gets_the_measurements(learnable, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    train(config(tmp_path), [learnable], tmp_path / "run", tensorboard=tmp_path / "board", progress=False)
+    learn(config(tmp_path), [learnable], tmp_path / "run", tensorboard=tmp_path / "board", progress=False)
     events = EventAccumulator(str(tmp_path / "board"))
     events.Reload()
     assert [event.step for event in events.Scalars("loss_named")] == [6, 12]
