@@ -142,6 +142,16 @@ class Calibration(BaseModel):
         _require(fpr, self.smallest_fpir)
         return self._point(fpr, subjects, templates, safe=True)
 
+    def identification_rate(self, similarity: float, subjects: int, templates: int) -> float:
+        """Return the FPIR, 0…1, that a threshold at this similarity is estimated to have in such a gallery.
+
+        The share of strangers whose best similarity reaches it, hence a number that is uniformly distributed over
+        strangers, whatever the gallery's size. It undoes :meth:`identification_point`, but for that one's margin of
+        safety, and never rises with the similarity. It says nothing of rates below the last of the calibration's.
+        """
+        fmr = self._fmr(similarity)
+        return 1.0 if fmr >= 1 else rate_of_all(fmr, self.comparisons(subjects, templates), self.spread)
+
     def comparisons(self, subjects: int, templates: int) -> float:
         """Return how many independent comparisons a search of ``templates`` faces of ``subjects`` people is worth.
 
@@ -162,6 +172,19 @@ class Calibration(BaseModel):
     def probability(self, similarity: float) -> float:
         """Return the probability, 0…1, that two faces are one person's, if both answers were as likely before."""
         return 0.5 * (1.0 + math.tanh((self.slope * similarity + self.intercept) / 2))
+
+    def _fmr(self, threshold: float) -> float:
+        """The FMR in (0, 1] of a threshold: :meth:`at_fmr` undone; of levels with one threshold the highest."""
+        place = bisect_left(self.threshold, threshold)
+        if place == 0:
+            return self.fmr[0]
+        if place == len(self.threshold):
+            return self.fmr[-1]
+        start, end = self.threshold[place - 1], self.threshold[place]
+        above, below = self.fmr[place - 1], self.fmr[place]
+        share = (threshold - start) / (end - start)
+        # Not beyond its neighbours by rounding: a rate never rises with the threshold.
+        return float(min(above, max(below, above * (below / above) ** share)))
 
     def _level(self, place: int, safe: bool) -> float:
         return (self.threshold[place] + self.high[place]) / 2 if safe else self.threshold[place]

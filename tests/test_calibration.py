@@ -113,6 +113,38 @@ def test_the_rate_of_one_undoes_the_rate_of_all(fpir: float, comparisons: float,
         assert rate_of_all(fmr, comparisons, spread) == pytest.approx(fpir, rel=1e-4)
 
 
+@given(SAMPLES, st.floats(-1, 1), st.floats(-1, 1), COUNTS, COUNTS, COUNTS)
+def test_the_rate_of_a_similarity_never_rises_with_it_and_never_falls_with_the_gallery(
+    impostors: NDArray[np.float32], a: float, b: float, subjects: int, templates: int, more: int
+) -> None:
+    low, high = sorted((a, b))
+    for made in (calibration(impostors), SHIPPED):
+        rate = made.identification_rate(high, subjects, templates)
+        assert 0 < rate <= made.identification_rate(low, subjects, templates) <= 1
+        larger = made.identification_rate(high, subjects + more, max(templates, subjects) + more)
+        assert larger >= rate * (1 - 1e-9)
+
+
+@given(FPIRS, COUNTS, COUNTS)
+def test_the_rate_of_a_similarity_undoes_the_threshold_of_a_rate(fpr: float, subjects: int, templates: int) -> None:
+    fmr = rate_of_one(fpr, SHIPPED.comparisons(subjects, templates), SHIPPED.spread)
+    if SHIPPED.fmr[-1] < fmr < 0.99:
+        rate = SHIPPED.identification_rate(SHIPPED.at_fmr(fmr)[0], subjects, templates)
+        assert rate == pytest.approx(fpr, rel=1e-3)
+        # The service's own threshold is a little higher.
+        safe = SHIPPED.identification_point(fpr, subjects, templates).threshold
+        assert SHIPPED.identification_rate(safe, subjects, templates) <= rate * (1 + 1e-9)
+
+
+def test_strangers_best_similarities_are_uniform_as_rates() -> None:
+    generator = np.random.default_rng(3)
+    for templates in (1, 10, 100):
+        best = generator.normal(0.1, 0.1, (20_000, templates)).max(axis=1)
+        rates = [NORMAL.identification_rate(similarity, templates, templates) for similarity in best.tolist()]
+        for share in (0.05, 0.2, 0.5, 0.8):
+            assert np.mean(np.array(rates) <= share) == pytest.approx(share, abs=0.02)
+
+
 def test_strangers_who_differ_are_mistaken_as_often_as_simulated() -> None:
     generator = np.random.default_rng(5)
     for spread in (0.5, 2.0):
