@@ -144,6 +144,7 @@ def open_parts(settings: Settings) -> Iterator[Parts]:
             options=RecognizerOptions(
                 fpr=settings.fpr,
                 verify_fpr=settings.verify_fpr,
+                conflict_fpr=settings.conflict_fpr,
                 max_image_bytes=settings.max_image_bytes,
                 max_image_pixels=settings.max_image_pixels,
                 keep_crops=settings.keep_crops,

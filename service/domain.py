@@ -199,10 +199,17 @@ class OperatingPoint:
 
 @dataclass(frozen=True)
 class Decision:
-    """The answer to one probe. ``subject`` is None when the decision is ``unknown``."""
+    """The answer to one probe. ``subject`` is None when the decision is ``unknown``.
+
+    ``similarity``, ``probability``: the best candidate's, match or not; None without candidates. ``margin``: by
+    how much its similarity exceeds that of the next subject; None if there is no other.
+    """
 
     decision: Literal["match", "unknown"]
     subject: str | None
+    similarity: float | None
+    margin: float | None
+    probability: float | None
 
 
 @dataclass(frozen=True)
@@ -212,6 +219,20 @@ class Rejected:
     index: int
     code: str
     detail: str
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """A photo on its way into a gallery that shows another subject; ``index`` counts from 0.
+
+    ``face_id``: that subject's most similar face. ``threshold``: cosine that ``similarity`` reaches.
+    """
+
+    index: int
+    subject: str
+    face_id: str
+    similarity: float
+    threshold: float
 
 
 @dataclass(frozen=True)
@@ -249,7 +270,7 @@ class Identification:
 @dataclass(frozen=True)
 class Verification:
     """The answer to "the same person?". ``face_b`` is the other photo's face, or the enrolled face
-    that is most similar, whose ``face_id`` is given then."""
+    that is most similar, whose ``face_id`` is given then. ``templates``: how many faces the photo was compared with."""
 
     match: bool
     similarity: float
@@ -259,6 +280,7 @@ class Verification:
     face_a: Face
     face_b: Face
     face_id: str | None
+    templates: int
 
 
 @dataclass(frozen=True)
@@ -288,6 +310,7 @@ class UnknownSearch:
     model_id: str
     gallery: str
     gallery_size: int
+    templates: int
     point: OperatingPoint
     group_threshold: float
     photos: int

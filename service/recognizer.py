@@ -22,6 +22,7 @@ from service.calibration import Calibration
 from service.domain import (
     DEFAULT_GALLERY,
     Candidate,
+    Conflict,
     EmbeddedFace,
     Enrollment,
     Face,
@@ -43,11 +44,13 @@ from service.domain import (
 )
 from service.errors import (
     FaceNotFound,
+    IdentityMismatch,
     InvalidRequest,
     ModelMismatch,
     NoFace,
     PhotoError,
     SeveralFaces,
+    SubjectConflict,
     SubjectNotFound,
     VultusError,
 )
@@ -59,6 +62,10 @@ from service.vision.image import decode_image
 from service.vision.quality import enrolment_problem
 
 REEMBED_BATCH = 32
+
+SIBLING_FPR = 0.05
+"""FMR at which a photo counts as its siblings'. There about as many strangers are let in as right photos are refused,
+2 to 3 %; measured by ``vultus-train guards`` on ``validation``."""
 
 
 class Detector(Protocol):
@@ -75,10 +82,14 @@ class EmbeddingQueue(Protocol):
 
 @dataclass(frozen=True)
 class RecognizerOptions:
-    """``fpr`` and ``verify_fpr`` are the defaults of 1:N and 1:1; the limits are those of one photo."""
+    """``fpr`` and ``verify_fpr`` are the defaults of 1:N and 1:1; the limits are those of one photo.
+
+    ``conflict_fpr``: share of new people who may be mistaken for enrolled ones when they are enrolled.
+    """
 
     fpr: float
     verify_fpr: float
+    conflict_fpr: float
     max_image_bytes: int
     max_image_pixels: int
     keep_crops: bool
@@ -124,25 +135,42 @@ class Recognizer:
         return [EmbeddedFace(face, vector) for face, vector in zip(faces, embeddings, strict=True)]
 
     def enroll(
-        self, gallery: str, subject: str, photos: Sequence[bytes], metadata: dict[str, Any] | None
+        self,
+        gallery: str,
+        subject: str,
+        photos: Sequence[bytes],
+        metadata: dict[str, Any] | None,
+        *,
+        allow_conflict: bool = False,
     ) -> Enrollment:
         """Enrol a person from photos that show nobody else.
 
-        Photos that cannot be used are listed in ``rejected``; if that is all of them, the first one's error is
-        raised, with ``rejected`` among its members. When this returns, the accepted faces are on disk.
+        Photos that cannot be used are listed in ``rejected``, and so are those that show another person than most of
+        them; if that is all of them, the first one's error is raised, with ``rejected`` among its members. If another
+        subject is found in a photo, ``EnrolledElsewhere`` is raised and nothing is stored, unless ``allow_conflict``.
+        When this returns, the accepted faces are on disk.
         """
         self._require(gallery)
-        accepted: list[tuple[bytes, Image, Face]] = []
+        accepted: list[tuple[int, bytes, Image, Face]] = []
         rejected: list[Rejected] = []
         for position, photo in enumerate(photos):
             try:
                 image, faces = self._see(photo)
-                accepted.append((photo, image, _one_usable(faces)))
+                accepted.append((position, photo, image, _one_usable(faces)))
             except PhotoError as exc:
                 rejected.append(Rejected(position, exc.code, exc.detail))
         if not accepted:
             raise NothingAccepted(rejected)
-        embeddings = self._embed([(image, face) for _, image, face in accepted])
+        embeddings = self._embed([(image, face) for _, _, image, face in accepted])
+        same = decision.siblings(embeddings, self._sibling_threshold(len(accepted)))
+        rejected += [
+            Rejected(item[0], IdentityMismatch.code, "This photo does not show whom the others show.")
+            for item, one in zip(accepted, same, strict=True)
+            if not one
+        ]
+        rejected.sort(key=lambda item: item.index)
+        accepted = [item for item, one in zip(accepted, same, strict=True) if one]
+        embeddings = embeddings[same]
         new = [
             NewTemplate(
                 hashlib.sha256(photo).hexdigest(),
@@ -151,10 +179,13 @@ class Recognizer:
                 embedding,
                 cut_portrait(image, face) if self._options.keep_crops else None,
             )
-            for (photo, image, face), embedding in zip(accepted, embeddings, strict=True)
+            for (_, photo, image, face), embedding in zip(accepted, embeddings, strict=True)
         ]
         with self._writing:
             self._require(gallery)
+            # Under the lock: of two who enrol one person under two names at once the second finds the first.
+            if not allow_conflict:
+                self._refuse_conflicts(gallery, subject, [position for position, *_ in accepted], embeddings)
             templates, entries = self.repository.enroll(gallery, subject, metadata, new)
             self._index.add(entries)
         return Enrollment(subject, gallery, self.model_id, tuple(templates), tuple(rejected))
@@ -163,8 +194,10 @@ class Recognizer:
         """Say of every face in a photo who in the gallery it is, or that it is nobody there. Raises ``NoFace``."""
         self._require(gallery)
         faces, embeddings = self._probe(photo)
-        found, subjects, templates = self._candidates(gallery, embeddings, top_k)
+        # Of two at least, so that the margin is known.
+        found, subjects, templates = self._candidates(gallery, embeddings, max(top_k, 2))
         point = self._calibration.identification_point(self._fpr(fpr), subjects, templates)
+        decisions = [decision.decide(candidates, point) for candidates in found]
         return Identification(
             self.model_id,
             gallery,
@@ -172,8 +205,8 @@ class Recognizer:
             templates,
             point,
             tuple(
-                IdentifiedFace(face, decision.decide(candidates, point), tuple(candidates))
-                for face, candidates in zip(faces, found, strict=True)
+                IdentifiedFace(face, decided, tuple(candidates[:top_k]))
+                for face, decided, candidates in zip(faces, decisions, found, strict=True)
             ),
         )
 
@@ -185,7 +218,7 @@ class Recognizer:
                 raise NoFace(f"No face was found in {name}.")
         first, second = self._embed([(image, faces[0]) for image, faces in seen])
         point = self._calibration.verification_point(self._verify_fpr(fpr))
-        return self._verified(float(first @ second), point, seen[0][1][0], seen[1][1][0], None)
+        return self._verified(float(first @ second), point, seen[0][1][0], seen[1][1][0], None, 1)
 
     def verify_subject(self, photo: bytes, gallery: str, subject: str, fpr: float | None) -> Verification:
         """Say whether the largest face of a photo is an enrolled subject's. Raises ``NoFace``.
@@ -204,7 +237,10 @@ class Recognizer:
         similarities = vectors @ probe
         best = int(np.argmax(similarities))
         point = self._calibration.subject_point(self._verify_fpr(fpr), len(enrolled))
-        return self._verified(float(similarities[best]), point, faces[0], enrolled[best].face, enrolled[best].face_id)
+        best_face = enrolled[best]
+        return self._verified(
+            float(similarities[best]), point, faces[0], best_face.face, best_face.face_id, len(enrolled)
+        )
 
     def similar_to_photo(
         self, photo: bytes, gallery: str, top_k: int, min_similarity: float | None
@@ -252,12 +288,12 @@ class Recognizer:
         ]
         known: dict[str, list[SeenFace]] = {}
         strangers: list[int] = []
-        for number, (face, best) in enumerate(zip(seen, candidates, strict=True)):
-            subject = decision.decide(best, point).subject
-            if subject is None:
+        decisions = [decision.decide(best, point) for best in candidates]
+        for number, (face, decided) in enumerate(zip(seen, decisions, strict=True)):
+            if decided.subject is None:
                 strangers.append(number)
             else:
-                known.setdefault(subject, []).append(face)
+                known.setdefault(decided.subject, []).append(face)
         # A stranger's face is compared with every other one's, as a probe is with a gallery's templates.
         others = len(strangers) - 1
         group_threshold = self._calibration.identification_point(rate, others, others).threshold
@@ -268,6 +304,7 @@ class Recognizer:
             self.model_id,
             gallery,
             subjects,
+            templates,
             point,
             group_threshold,
             len(photos),
@@ -338,6 +375,25 @@ class Recognizer:
 
     # --- steps
 
+    def _sibling_threshold(self, photos: int) -> float:
+        fpr = max(SIBLING_FPR, self._calibration.smallest_fmr)
+        return self._calibration.subject_point(fpr, max(photos - 1, 1)).threshold
+
+    def _refuse_conflicts(
+        self, gallery: str, subject: str, positions: Sequence[int], embeddings: NDArray[np.float32]
+    ) -> None:
+        """Raise ``EnrolledElsewhere`` if the gallery's best match of a photo is another subject than ``subject``."""
+        found, subjects, templates = self._candidates(gallery, embeddings, 1)
+        fpr = max(self._options.conflict_fpr, self._calibration.smallest_fpir)
+        point = self._calibration.identification_point(fpr, subjects, templates)
+        conflicts = [
+            Conflict(position, candidates[0].subject, candidates[0].face_id, candidates[0].similarity, point.threshold)
+            for position, candidates in zip(positions, found, strict=True)
+            if decision.decide(candidates, point).subject not in (None, subject)
+        ]
+        if conflicts:
+            raise EnrolledElsewhere(conflicts)
+
     def _require(self, gallery: str) -> None:
         self.repository.require_gallery(gallery)
         others = self._foreign.get(gallery)
@@ -398,7 +454,13 @@ class Recognizer:
         ]
 
     def _verified(
-        self, similarity: float, point: OperatingPoint, face_a: Face, face_b: Face, face_id: str | None
+        self,
+        similarity: float,
+        point: OperatingPoint,
+        face_a: Face,
+        face_b: Face,
+        face_id: str | None,
+        templates: int,
     ) -> Verification:
         return Verification(
             similarity >= point.threshold,
@@ -409,6 +471,7 @@ class Recognizer:
             face_a,
             face_b,
             face_id,
+            templates,
         )
 
     def _delete(self, deletion: AbstractContextManager[Removal]) -> None:
@@ -443,6 +506,18 @@ class NothingAccepted(VultusError):
         super().__init__(rejected[0].detail)
         self.code = rejected[0].code
         self.rejected = tuple(rejected)
+
+
+class EnrolledElsewhere(SubjectConflict):
+    """An enrolment of photos that show another subject of the gallery; nothing was stored."""
+
+    def __init__(self, conflicts: Sequence[Conflict]) -> None:
+        named = ", ".join(sorted({repr(conflict.subject) for conflict in conflicts}))
+        super().__init__(
+            f"Photos of this enrolment show {named}, enrolled already. Nothing was stored. Enrol them there, or send "
+            "allow_conflict=true."
+        )
+        self.conflicts = tuple(conflicts)
 
 
 def cut_crops(embedder: Embedder, faces: Sequence[tuple[Image, Face]]) -> NDArray[np.uint8]:

@@ -36,6 +36,12 @@ class Settings(BaseSettings):
         description="Default false-positive rate (FPIR) of `/identify` and `/search-unknown`.",
     )
     verify_fpr: float = Field(0.001, gt=0, lt=1, description="Default false-positive rate (FMR) of `/verify`.")
+    conflict_fpr: float = Field(
+        0.001,
+        gt=0,
+        lt=1,
+        description="False-positive rate (FPIR) at which a photo in `/enroll` counts as another subject's.",
+    )
     max_image_bytes: ByteSize = Field(ByteSize(10 * 2**20), ge=1, description="Largest photo, bytes as sent.")
     max_image_pixels: int = Field(40_000_000, ge=1, description="Largest photo, width × height.")
     max_request_bytes: ByteSize = Field(

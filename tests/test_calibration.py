@@ -235,6 +235,15 @@ def test_the_fit_agrees_with_scikit_learn(distance: float, genuine: int, imposto
     assert intercept == pytest.approx(float(reference.intercept_[0]), rel=1e-3, abs=1e-3)
 
 
+@pytest.mark.parametrize("impostors", [2_000, 200_000])
+def test_the_probability_is_for_equal_odds_before_whatever_the_sample_holds(impostors: int) -> None:
+    generator = np.random.default_rng(7)
+    slope, intercept = fit_probability(generator.normal(0.6, 0.1, 20_000), generator.normal(0.4, 0.1, impostors))
+    # Of two normal distributions with one variance the posterior is logistic: log odds = 20 (x - 0.5) at even odds.
+    assert slope == pytest.approx(20, rel=0.05)
+    assert -intercept / slope == pytest.approx(0.5, abs=0.005)
+
+
 def test_classes_that_do_not_overlap_get_a_finite_slope() -> None:
     slope, intercept = fit_probability(np.array([0.9, 0.8]), np.array([0.1, 0.2, 0.3]))
     assert 0 < slope < 1_000

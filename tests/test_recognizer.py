@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import event
 from sqlalchemy.exc import OperationalError
 
 from service.app import open_parts
-from service.errors import FprUnsupported, Overloaded, StorageFull
+from service.errors import FprUnsupported, Overloaded, StorageFull, SubjectConflict
 from service.recognizer import Recognizer
 from service.settings import Settings
 from tests.support import photo
@@ -81,6 +84,44 @@ def test_a_subject_is_found_by_its_best_template(recognizer: Recognizer) -> None
     (face,) = recognizer.identify(photo("obama3.jpg"), "default", None, 10).faces
     assert [candidate.subject for candidate in face.candidates] == ["A", "B"]
     assert face.candidates[0].similarity == pytest.approx(1.0, abs=1e-4)
+
+
+def test_two_who_enrol_one_person_never_both_look_before_either_stores(
+    recognizer: Recognizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search, both = recognizer._index.search_subjects, threading.Barrier(2)
+
+    def slow(*arguments: Any) -> Any:
+        found = search(*arguments)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.5)
+        return found
+
+    monkeypatch.setattr(recognizer._index, "search_subjects", slow)
+    refused: list[str] = []
+
+    def enroll(subject: str, name: str) -> None:
+        try:
+            recognizer.enroll("default", subject, [photo(name)], None)
+        except SubjectConflict:
+            refused.append(subject)
+
+    threads = [threading.Thread(target=enroll, args=pair) for pair in (("A", "obama.jpg"), ("B", "obama2.jpg"))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (stored,) = recognizer.subjects("default", 0, 10)[0]
+    assert {stored.name, *refused} == {"A", "B"}
+
+
+def test_an_enrolment_that_is_refused_has_no_crop_and_no_row(recognizer: Recognizer) -> None:
+    recognizer.enroll("default", "A", [photo("obama.jpg")], None)
+    with pytest.raises(SubjectConflict):
+        recognizer.enroll("default", "B", [photo("obama2.jpg")], {"n": 1})
+    with recognizer.repository.engine.connect() as connection:
+        for table in ("subjects", "faces", "crops"):
+            assert connection.exec_driver_sql(f"SELECT count(*) FROM {table}").scalar() == 1
 
 
 def test_a_photo_set_that_meets_a_full_queue_is_refused_and_not_called_unusable(

@@ -10,7 +10,7 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse
 from starlette.staticfiles import StaticFiles
 
-from service.api.schemas import EnrollProblem, Problem
+from service.api.schemas import Conflict, EnrollProblem, Problem
 
 STATIC = Path(fastapi_offline.__file__).parent / "static"
 
@@ -25,7 +25,7 @@ def install_docs(app: FastAPI) -> None:
             document = generate()
             components = document.setdefault("components", {})
             schemas = components.setdefault("schemas", {})
-            for model in (Problem, EnrollProblem):
+            for model in (Problem, Conflict, EnrollProblem):
                 schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
                 schema.pop("$defs", None)
                 schemas[model.__name__] = schema

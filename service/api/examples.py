@@ -35,7 +35,17 @@ ANSWERS: dict[str, dict[str, Any]] = {
         "gallery_size": 2,
         "templates": 3,
         **_POINT,
-        "faces": [{**_FACE, "decision": "match", "subject": "Ada", "candidates": [_CANDIDATE]}],
+        "faces": [
+            {
+                **_FACE,
+                "decision": "match",
+                "subject": "Ada",
+                "similarity": 0.968,
+                "margin": 0.133,
+                "probability": 0.998,
+                "candidates": [_CANDIDATE],
+            }
+        ],
     },
     "VerifyAnswer": {
         "match": True,
@@ -46,6 +56,7 @@ ANSWERS: dict[str, dict[str, Any]] = {
         "face_a": _FACE,
         "face_b": _FACE,
         "face_id": None,
+        "templates": 1,
     },
     "SearchSimilarAnswer": {
         **_GALLERY,
@@ -54,6 +65,7 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "SearchUnknownAnswer": {
         **_GALLERY,
         "gallery_size": 2,
+        "templates": 3,
         **_POINT,
         "group_threshold": 0.894,
         "photos": 3,

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from service.api.bodies import explain
-from service.api.schemas import EnrollProblem, Problem, rejected
+from service.api.schemas import Conflict, EnrollProblem, Problem, rejected
 from service.errors import (
     InternalError,
     InvalidRequest,
@@ -20,7 +20,7 @@ from service.errors import (
     StorageFull,
     VultusError,
 )
-from service.recognizer import NothingAccepted
+from service.recognizer import EnrolledElsewhere, NothingAccepted
 
 CONTENT_TYPE = "application/problem+json"
 
@@ -37,6 +37,8 @@ def problem(error: VultusError, request_id: str) -> JSONResponse:
     }
     if isinstance(error, NothingAccepted):
         answer: Problem = EnrollProblem(**body, rejected=rejected(error.rejected))
+    elif isinstance(error, EnrolledElsewhere):
+        answer = EnrollProblem(**body, conflicts=[Conflict(**vars(item)) for item in error.conflicts])
     else:
         answer = Problem(**body)
     return JSONResponse(answer.model_dump(mode="json"), error.status, headers=error.headers, media_type=CONTENT_TYPE)

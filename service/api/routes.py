@@ -91,21 +91,32 @@ async def embed(request: Request, _: Reader) -> schemas.EmbedAnswer:
     summary="Enrol a person",
     responses={
         201: example("EnrollAnswer"),
-        **responses(*_PHOTO, *_SEARCH, errors.SeveralFaces, errors.FaceTooSmall, errors.LowQuality),
+        **responses(
+            *_PHOTO, *_SEARCH, errors.SeveralFaces, errors.FaceTooSmall, errors.LowQuality, errors.SubjectConflict
+        ),
     },
     openapi_extra=request_body(schemas.EnrollBody, {"subject": "Ada", "images": [_BASE64], "metadata": {"badge": 7}}),
 )
 async def enroll(request: Request, key: Writer) -> schemas.EnrollAnswer:
     """Add photos of one person, each showing exactly one usable face, and nobody else's.
 
-    Photos that cannot be used are listed in `rejected`; if that is all of them, the answer is 422 with the first
-    one's code. A photo that this subject has already is not stored twice. 201 means: it is on disk.
+    Photos that cannot be used are listed in `rejected`, and so are those that do not match the others; if that is
+    all of them, the answer is 422 with the first one's code. If a photo shows another subject of the gallery, nothing
+    is stored and the answer is 409 with `conflicts`, unless `allow_conflict`. A photo that this subject has
+    already is not stored twice. 201 means: it is on disk.
     """
     parts = _parts(request)
     async with parts.workers.admitted():
         body = await read_body(request, schemas.EnrollBody)
         key.require(body.gallery)
-        done = await parts.workers.run(parts.recognizer.enroll, body.gallery, body.subject, body.images, body.metadata)
+        done = await parts.workers.run(
+            parts.recognizer.enroll,
+            body.gallery,
+            body.subject,
+            body.images,
+            body.metadata,
+            allow_conflict=body.allow_conflict,
+        )
     return schemas.enrollment(done)
 
 

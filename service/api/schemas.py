@@ -97,6 +97,7 @@ class EnrollBody(Body):
     images: Annotated[list[Photo], Field(min_length=1, max_length=MAX_ENROLL_PHOTOS)]
     gallery: GalleryName = DEFAULT_GALLERY
     metadata: Metadata | None = None
+    allow_conflict: Annotated[bool, Field(description="Enrol even if the photos show another subject.")] = False
 
 
 class IdentifyBody(Body):
@@ -245,16 +246,22 @@ class EnrollAnswer(Answer):
     rejected: list[Rejected]
 
 
+_PROBABILITY = "That these two faces are one person's, if both answers were equally likely before the comparison."
+
+
 class Candidate(Answer):
     subject: str
     face_id: str
     similarity: float = Field(description="Cosine, −1…1.")
-    probability: float = Field(description="That it is one person, if both answers were as likely before.")
+    probability: float = Field(description=_PROBABILITY)
 
 
 class IdentifiedFace(Face):
     decision: Literal["match", "unknown"]
     subject: str | None
+    similarity: float | None = Field(description="The best candidate's, match or not; null without candidates.")
+    margin: float | None = Field(description="Its lead over the next subject; null if there is no other.")
+    probability: float | None = Field(description="The best candidate's; null without candidates.")
     candidates: list[Candidate]
 
 
@@ -272,7 +279,7 @@ class IdentifyAnswer(Answer):
 class VerifyAnswer(Answer):
     match: bool
     similarity: float
-    probability: float
+    probability: float = Field(description=_PROBABILITY)
     model_id: str
     fpr: float
     threshold: float
@@ -280,6 +287,7 @@ class VerifyAnswer(Answer):
     face_a: Face
     face_b: Face = Field(description="The other photo's largest face, or the subject's most similar enrolled face.")
     face_id: str | None = Field(description="The enrolled face that was compared, if a subject was asked about.")
+    templates: int = Field(description="Faces that image_a was compared with; the threshold allows for them.")
 
 
 class SimilarFace(Answer):
@@ -323,6 +331,7 @@ class SearchUnknownAnswer(Answer):
     model_id: str
     gallery: str
     gallery_size: int
+    templates: int
     fpr: float
     threshold: float
     extrapolated: bool
@@ -424,8 +433,19 @@ class Problem(Answer):
     request_id: str
 
 
+class Conflict(Answer):
+    """A photo that shows another subject."""
+
+    index: int = Field(description="Position of the photo in the request, from 0.")
+    subject: str
+    face_id: str
+    similarity: float
+    threshold: float
+
+
 class EnrollProblem(Problem):
     rejected: list[Rejected] = []
+    conflicts: list[Conflict] = []
 
 
 def rejected(found: tuple[domain.Rejected, ...]) -> list[Rejected]:
@@ -465,8 +485,7 @@ def identification(found: domain.Identification) -> IdentifyAnswer:
         faces=[
             IdentifiedFace(
                 **face_fields(item.face),
-                decision=item.decision.decision,
-                subject=item.decision.subject,
+                **vars(item.decision),
                 candidates=[Candidate(**vars(candidate)) for candidate in item.candidates],
             )
             for item in found.faces
@@ -484,6 +503,7 @@ def verification(found: domain.Verification) -> VerifyAnswer:
         face_a=face(found.face_a),
         face_b=face(found.face_b),
         face_id=found.face_id,
+        templates=found.templates,
     )
 
 
@@ -509,6 +529,7 @@ def unknown_search(found: domain.UnknownSearch) -> SearchUnknownAnswer:
         model_id=found.model_id,
         gallery=found.gallery,
         gallery_size=found.gallery_size,
+        templates=found.templates,
         **vars(found.point),
         group_threshold=found.group_threshold,
         photos=found.photos,

@@ -49,7 +49,11 @@ def test_every_enrolment_that_was_answered_survives_kill_9(tmp_path: Path) -> No
                         return
                     number, data = waiting.pop(0)
                 try:
-                    answer = client.post("/enroll", data={"subject": f"p{number}"}, files={"images": ("photo", data)})
+                    answer = client.post(
+                        "/enroll",
+                        data={"subject": f"p{number}", "allow_conflict": "true"},
+                        files={"images": ("photo", data)},
+                    )
                 except httpx.TransportError:
                     return
                 if answer.status_code == 201:
@@ -135,7 +139,11 @@ def test_a_full_disk_is_said_and_nothing_is_half_written(small_disk: Path) -> No
         ballast.write_bytes(b"x" * (free - 300_000))
         stored, status, body = ["first"], 201, {}
         for number, data in enumerate(variants(60)):
-            answer = server.client.post("/enroll", data={"subject": f"p{number}"}, files={"images": ("photo", data)})
+            answer = server.client.post(
+                "/enroll",
+                data={"subject": f"p{number}", "allow_conflict": "true"},
+                files={"images": ("photo", data)},
+            )
             status, body = answer.status_code, answer.json()
             if status != 201:
                 break
@@ -151,7 +159,7 @@ def test_a_full_disk_is_said_and_nothing_is_half_written(small_disk: Path) -> No
         assert server.client.get("/readyz").status_code == 200
 
         ballast.unlink()
-        server.enroll("after", "biden.jpg")
+        server.enroll("after", "biden.jpg", allow_conflict="true")
         assert listed() == [*stored, "after"]
         server.kill()
         server.start()

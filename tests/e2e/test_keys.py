@@ -127,7 +127,7 @@ def calls(gallery: str, face_id: str) -> dict[str, dict[str, Any]]:
             "role": "write",
             "method": "POST",
             "url": "/enroll",
-            "data": {"gallery": gallery, "subject": "new"},
+            "data": {"gallery": gallery, "subject": "new", "allow_conflict": "true"},
             "files": images,
         },
         "patch": {

@@ -42,12 +42,18 @@ def test_an_enrolled_person_is_recognised_in_other_photos(enrolled: Server, name
     assert best["subject"] == "Barack Obama" and second["subject"] == "Joe Biden"
     assert best["similarity"] >= body["threshold"] > second["similarity"]
     assert best["probability"] > 0.5 > second["probability"]
+    assert face["similarity"] == best["similarity"] and face["probability"] == best["probability"]
+    assert face["margin"] == pytest.approx(best["similarity"] - second["similarity"])
+    # However few candidates are asked for, the margin is the same.
+    (alone,) = enrolled.identify(name, top_k=1)["faces"]
+    assert alone["margin"] == face["margin"] and len(alone["candidates"]) == 1
 
 
 def test_a_stranger_is_unknown(enrolled: Server) -> None:
     (face,) = enrolled.identify("astronaut.png")["faces"]
     assert (face["decision"], face["subject"]) == ("unknown", None)
     assert len(face["candidates"]) == 2
+    assert face["similarity"] == face["candidates"][0]["similarity"] and face["margin"] > 0
 
 
 def test_an_empty_gallery_knows_nobody(enrolled: Server) -> None:
@@ -55,6 +61,7 @@ def test_an_empty_gallery_knows_nobody(enrolled: Server) -> None:
     body = enrolled.identify("obama.jpg", gallery="empty")
     (face,) = body["faces"]
     assert (face["decision"], face["candidates"], body["gallery_size"]) == ("unknown", [], 0)
+    assert face["similarity"] is face["margin"] is face["probability"] is None
 
 
 def test_verification(enrolled: Server) -> None:
