@@ -21,6 +21,7 @@ from service import __version__
 from service.api import problems
 from service.api.auth import Keyring
 from service.api.docs import install_docs
+from service.api.metrics import ProbeMetrics
 from service.api.middleware import AroundRequests, Metrics
 from service.api.parts import Parts
 from service.api.routes import router
@@ -150,6 +151,7 @@ def open_parts(settings: Settings) -> Iterator[Parts]:
                 keep_crops=settings.keep_crops,
             ),
         )
+        registry.register(ProbeMetrics(recognizer.probe_similarities))
         workers = Workers(2 * _threads(settings), settings.max_queue)
         Gauge("vultus_requests_in_progress", "Requests with photos in progress.", registry=registry).set_function(
             lambda: workers.in_progress

@@ -213,6 +213,20 @@ class Decision:
 
 
 @dataclass(frozen=True)
+class Drift:
+    """Whether strangers score as the calibration says, in one gallery.
+
+    ``probes``: how many recent ones this rests on. ``expected``, ``measured``: the share of them that is more
+    similar than the median stranger, 0…1; ``measured`` is None without probes. ``warning``: for people, or None.
+    """
+
+    probes: int
+    expected: float
+    measured: float | None
+    warning: str | None
+
+
+@dataclass(frozen=True)
 class Rejected:
     """A photo of a set that could not be used; ``index`` counts from 0, ``code`` is of the error list."""
 

@@ -6,6 +6,7 @@ from worker threads. Any number of them may.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,8 @@ from service.domain import (
     DEFAULT_GALLERY,
     Candidate,
     Conflict,
+    Decision,
+    Drift,
     EmbeddedFace,
     Enrollment,
     Face,
@@ -42,6 +45,7 @@ from service.domain import (
     UnknownSearch,
     Verification,
 )
+from service.drift import Histogram, Probes
 from service.errors import (
     FaceNotFound,
     IdentityMismatch,
@@ -119,6 +123,8 @@ class Recognizer:
         self._options = options
         # Record and index change together: one writer at a time, so that nobody deletes what is half enrolled.
         self._writing = threading.Lock()
+        self._probes = Probes()
+        self._counting = threading.Lock()
         for entries in repository.index_entries(self.model_id):
             index.add(entries)
         self._foreign = repository.foreign_models(self.model_id)
@@ -198,6 +204,7 @@ class Recognizer:
         found, subjects, templates = self._candidates(gallery, embeddings, max(top_k, 2))
         point = self._calibration.identification_point(self._fpr(fpr), subjects, templates)
         decisions = [decision.decide(candidates, point) for candidates in found]
+        self._count(gallery, decisions, subjects, templates)
         return Identification(
             self.model_id,
             gallery,
@@ -289,6 +296,7 @@ class Recognizer:
         known: dict[str, list[SeenFace]] = {}
         strangers: list[int] = []
         decisions = [decision.decide(best, point) for best in candidates]
+        self._count(gallery, decisions, subjects, templates)
         for number, (face, decided) in enumerate(zip(seen, decisions, strict=True)):
             if decided.subject is None:
                 strangers.append(number)
@@ -333,6 +341,8 @@ class Recognizer:
         if name == DEFAULT_GALLERY:
             raise InvalidRequest("The default gallery cannot be deleted; delete its subjects instead.")
         self._delete(self.repository.deleting_gallery(name))
+        with self._counting:
+            self._probes.forget(name)
 
     def subjects(self, gallery: str, after: int, limit: int) -> tuple[list[Subject], int | None]:
         """Return a page of subjects, and the mark to go on ``after``, if there are more."""
@@ -373,6 +383,16 @@ class Recognizer:
             templates,
         )
 
+    def drift(self, gallery: str) -> Drift:
+        """Say whether strangers have scored as the calibration says, since the service started."""
+        with self._counting:
+            return self._probes.drift(gallery)
+
+    def probe_similarities(self) -> dict[tuple[str, str], Histogram]:
+        """Return the best similarities of probes since the service started, by gallery and decision."""
+        with self._counting:
+            return copy.deepcopy(self._probes.similarities)
+
     # --- steps
 
     def _sibling_threshold(self, photos: int) -> float:
@@ -393,6 +413,16 @@ class Recognizer:
         ]
         if conflicts:
             raise EnrolledElsewhere(conflicts)
+
+    def _count(self, gallery: str, decisions: Sequence[Decision], subjects: int, templates: int) -> None:
+        with self._counting:
+            # Of a gallery that was deleted since the search nothing may stay behind.
+            if not self._index.sizes(gallery)[0]:
+                return
+            for decided in decisions:
+                if decided.similarity is not None:
+                    rate = self._calibration.identification_rate(decided.similarity, subjects, templates)
+                    self._probes.add(gallery, decided.decision, decided.similarity, rate, subjects)
 
     def _require(self, gallery: str) -> None:
         self.repository.require_gallery(gallery)

@@ -1,4 +1,4 @@
-"""Who may import whom: api → recognizer → {vision, gallery, store, decision, calibration} → {domain, errors}."""
+"""Who may import whom: api → recognizer → {vision, gallery, store, decision, calibration, drift} → {domain, errors}."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 BOTTOM = {"service.domain", "service.errors"}
-MIDDLE = ("service.vision", "service.gallery", "service.store", "service.decision", "service.calibration")
+MIDDLE = (
+    "service.vision",
+    "service.gallery",
+    "service.store",
+    "service.decision",
+    "service.calibration",
+    "service.drift",
+)
 
 ALLOWED: dict[str, set[str]] = {
     "service": set(),
@@ -22,9 +29,10 @@ ALLOWED: dict[str, set[str]] = {
     "service.store": BOTTOM | {"service.store"},
     "service.decision": BOTTOM,
     "service.calibration": BOTTOM,
+    "service.drift": BOTTOM,
     "service.recognizer": BOTTOM | set(MIDDLE),
-    "service.api": BOTTOM | {"service.api", "service.recognizer"},
-    "training": BOTTOM | {"training", "service.vision", "service.decision", "service.calibration"},
+    "service.api": BOTTOM | {"service.api", "service.recognizer", "service.drift"},
+    "training": BOTTOM | {"training", "service.vision", "service.decision", "service.calibration", "service.drift"},
 }
 # The two that put the parts together.
 EVERYTHING = {"service.app", "service.cli"}

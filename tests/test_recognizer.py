@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import sqlite3
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from sqlalchemy import event
 from sqlalchemy.exc import OperationalError
+from structlog.testing import capture_logs
 
 from service.app import open_parts
+from service.calibration import rate_of_one
 from service.errors import FprUnsupported, Overloaded, StorageFull, SubjectConflict
 from service.recognizer import Recognizer
 from service.settings import Settings
-from tests.support import photo
+from tests.support import IMAGES, photo
 
 
 @pytest.fixture
@@ -84,6 +89,39 @@ def test_a_subject_is_found_by_its_best_template(recognizer: Recognizer) -> None
     (face,) = recognizer.identify(photo("obama3.jpg"), "default", None, 10).faces
     assert [candidate.subject for candidate in face.candidates] == ["A", "B"]
     assert face.candidates[0].similarity == pytest.approx(1.0, abs=1e-4)
+
+
+def test_strangers_who_score_higher_than_the_calibration_says_are_warned_of(
+    recognizer: Recognizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.drift.LEAST", 30)
+    recognizer.enroll("default", "A", [photo("obama.jpg")], None)
+    recognizer.enroll("default", "B", [photo("biden.jpg")], None)
+    stranger = Image.open(IMAGES / "astronaut.png").convert("RGB").resize((160, 160))
+    sheet = Image.new("RGB", (640, 640))
+    for number in range(16):
+        sheet.paste(stranger, (number % 4 * 160, number // 4 * 160))
+    crowd = io.BytesIO()
+    sheet.save(crowd, "PNG")
+    found = recognizer.similar_to_photo(crowd.getvalue(), "default", 1, None)
+    # What is no search for somebody is not counted.
+    assert len(found) == 16 and recognizer.drift("default").probes == 0
+    # The same service, were strangers of its calibration so much less similar that this one is above their median.
+    best = float(np.median([face.similar[0].similarity for face in found]))
+    calibration = recognizer._calibration
+    median = calibration.at_fmr(rate_of_one(0.35, 2, calibration.spread))[0]
+    lower = {
+        name: tuple(level - median + best for level in getattr(calibration, name))
+        for name in ("threshold", "low", "high")
+    }
+    recognizer._calibration = calibration.model_copy(update=lower)
+    with capture_logs() as log:
+        for _ in range(2):
+            recognizer.identify(crowd.getvalue(), "default", None, 1)
+    drift = recognizer.drift("default")
+    assert drift.warning is not None and drift.probes == 32
+    assert [line["gallery"] for line in log] == ["default"]
+    assert recognizer.drift("other").probes == 0
 
 
 def test_two_who_enrol_one_person_never_both_look_before_either_stores(

@@ -14,6 +14,7 @@ from service.api import schemas
 from service.api.auth import Admin, Reader, Writer
 from service.api.bodies import read_body, request_body
 from service.api.examples import example
+from service.api.metrics import VisibleMetrics
 from service.api.parts import Parts
 from service.api.problems import responses
 from service.api.schemas import Fpr, GalleryName, SubjectName
@@ -393,6 +394,7 @@ def operating_points(
         templates=templates,
         identification=schemas.OperatingPoint(**vars(identification)),
         verification=schemas.OperatingPoint(**vars(verification)),
+        drift=schemas.Drift(**vars(recognizer.drift(gallery))),
     )
 
 
@@ -419,9 +421,9 @@ def readyz(request: Request) -> schemas.Status:
     response_class=Response,
     responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **responses(*_KEY)},
 )
-def metrics(request: Request, _: Reader) -> Any:
-    """Return counts and times in Prometheus' text format."""
-    return Response(generate_latest(_parts(request).registry), media_type=CONTENT_TYPE_LATEST)
+def metrics(request: Request, key: Reader) -> Any:
+    """Return counts and times in Prometheus' text format; of galleries those that the key opens."""
+    return Response(generate_latest(VisibleMetrics(_parts(request).registry, key)), media_type=CONTENT_TYPE_LATEST)
 
 
 def _after(cursor: str | None) -> int:

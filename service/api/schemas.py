@@ -381,6 +381,15 @@ class OperatingPoint(Answer):
     extrapolated: bool
 
 
+class Drift(Answer):
+    """Whether strangers score as the calibration says, by the recent probes of this gallery."""
+
+    probes: int = Field(description="How many recent probes it rests on, 1000 at most.")
+    expected: float = Field(description="Share of them that should be more similar than the median stranger.")
+    measured: float | None = Field(description="Share of them that is; null without probes.")
+    warning: str | None = Field(description="Says so when strangers score higher, beyond chance.")
+
+
 class OperatingPointsAnswer(Answer):
     model_id: str
     gallery: str
@@ -388,6 +397,7 @@ class OperatingPointsAnswer(Answer):
     templates: int
     identification: OperatingPoint
     verification: OperatingPoint
+    drift: Drift
 
 
 class ModelPart(Answer):

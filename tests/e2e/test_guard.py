@@ -137,3 +137,27 @@ def test_a_deleted_person_is_no_conflict(shared_server: Server, gallery: str) ->
     assert send(shared_server, gallery, "Carl", "obama2.jpg").status_code == 409
     shared_server.client.delete("/subjects/Ann", params={"gallery": gallery}).raise_for_status()
     assert send(shared_server, gallery, "Carl", "obama2.jpg").status_code == 201
+
+
+def test_the_best_similarities_of_probes_are_in_the_metrics_until_the_gallery_is_gone(
+    shared_server: Server, gallery: str
+) -> None:
+    assert shared_server.client.get("/operating-points", params={"gallery": gallery}).json()["drift"] == {
+        "probes": 0,
+        "expected": 0.375,
+        "measured": None,
+        "warning": None,
+    }
+    for name in ("obama2.jpg", "astronaut.png", "astronaut.png"):
+        shared_server.identify(name, gallery=gallery)
+    strange = {"images": ("photo", photo("astronaut.png"))}
+    shared_server.client.post("/search-unknown", data={"gallery": gallery}, files=strange).raise_for_status()
+    series = f'gallery="{gallery}"'
+    lines = [line for line in shared_server.client.get("/metrics").text.splitlines() if series in line]
+    counts = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines}
+    assert counts[f'vultus_probe_similarity_count{{decision="unknown",{series}}}'] == 3
+    assert counts[f'vultus_probe_similarity_count{{decision="match",{series}}}'] == 1
+    assert counts[f'vultus_probe_similarity_bucket{{decision="match",{series},le="0.95"}}'] == 0
+    assert counts[f'vultus_probe_similarity_bucket{{decision="match",{series},le="0.975"}}'] == 1
+    shared_server.client.delete(f"/galleries/{gallery}").raise_for_status()
+    assert series not in shared_server.client.get("/metrics").text

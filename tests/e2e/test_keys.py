@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -202,6 +203,16 @@ def test_a_key_does_what_its_role_says(tenants: Any, name: str) -> None:
         send(clients["a-write"], calls("a", faces["a"])["enroll"])
     key = "a-read" if call["role"] == "read" else "a-write"
     assert send(clients[key], call).status_code in (200, 201, 204)
+
+
+def test_metrics_tell_of_the_galleries_that_the_key_opens(tenants: Any) -> None:
+    _, clients, faces = tenants
+    for gallery in ("a", "b"):
+        assert send(clients["root"], calls(gallery, faces[gallery])["identify"]).status_code == 200
+    seen = {name: clients[name].get("/metrics").text for name in ("root", "a-read", "b-write")}
+    for name, galleries in {"root": {"a", "b"}, "a-read": {"a"}, "b-write": {"b"}}.items():
+        assert set(re.findall(r'gallery="([^"]+)"', seen[name])) == galleries
+        assert 'vultus_http_requests_total{method="POST",route="/identify",status="200"}' in seen[name]
 
 
 def test_a_removed_key_is_refused_from_the_next_request_on(tmp_path: Path) -> None:
