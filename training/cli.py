@@ -18,6 +18,7 @@ from training.convert import ConversionError, convert_centerface, convert_dlib
 from training.data import DataError, Layout, Role, celeba_photos, folder_photos, unlabelled_photos
 from training.evaluate import EvaluationSet, draw, read_figures, table, update_document, write_figures
 from training.evaluate import evaluate as evaluate_model
+from training.guards import guards as measure_guards
 from training.metrics import RESAMPLES
 from training.open_set import REPEATS, write_trial
 from training.open_set import draw as draw_trial
@@ -305,6 +306,18 @@ def export(
         f"{out}: {written.manifest.model_id}, {written.megabytes:.1f} MB, "
         f"at most {written.angle:.5f} rad from torch at batch 1, 5 and 32"
     )
+
+
+@app.command()
+def guards(
+    crops: Annotated[Path, typer.Option(help="Folder with validation and class people, prepared with --like-queries.")],
+    model: Model = _MODELS / "dlib-resnet",
+    repeats: Annotated[int, typer.Option(min=1, help="Random galleries and choices of photos.")] = REPEATS,
+    threads: Threads = None,
+) -> None:
+    """What the guards of enrolment and the warning of drift cost and catch, on validation people."""
+    with _explained():
+        typer.echo(measure_guards(model, crops, repeats=repeats, threads=threads or _cores()))
 
 
 def _told(counts: Counts) -> str:
