@@ -101,6 +101,13 @@ def load_embedder(settings: Settings) -> Embedder:
     return Embedder.load(_model_folder(settings, settings.model), _threads(settings))
 
 
+def load_models(settings: Settings) -> tuple[FaceDetector, Embedder, Calibration]:
+    """Return what an evaluation needs, which is no data. Raises ``StartError``, and ``ModelError`` for a broken one."""
+    detector = FaceDetector.load(_model_folder(settings, settings.detector), _threads(settings))
+    embedder = load_embedder(settings)
+    return detector, embedder, _calibration(_model_folder(settings, settings.model), embedder.manifest)
+
+
 def configure_logging(level: str) -> None:
     """Log JSON lines to standard error."""
     structlog.configure(
@@ -128,9 +135,7 @@ def open_parts(settings: Settings) -> Iterator[Parts]:
     registry = CollectorRegistry()
     with ExitStack() as stack:
         repository = stack.enter_context(open_repository(settings))
-        detector = FaceDetector.load(_model_folder(settings, settings.detector), _threads(settings))
-        embedder = load_embedder(settings)
-        calibration = _calibration(_model_folder(settings, settings.model), embedder.manifest)
+        detector, embedder, calibration = load_models(settings)
         embedder.warm_up()
         batcher = Batcher(embedder.embed, settings.max_batch, settings.max_queue)
         stack.callback(batcher.close)

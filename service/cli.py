@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,8 +12,22 @@ import typer
 import uvicorn
 from pydantic import ValidationError
 
+from service import pictures
 from service.api.auth import ALL_GALLERIES, KeysFile, RoleName, add_key, remove_key
-from service.app import StartError, configure_logging, create_app, load_embedder, open_parts, open_repository
+from service.api.schemas import evaluation as evaluation_answer
+from service.app import (
+    StartError,
+    configure_logging,
+    create_app,
+    load_embedder,
+    load_models,
+    open_parts,
+    open_repository,
+)
+from service.errors import FprUnsupported
+from service.evaluation import FPRS, STRANGERS, Plan, laid_out, read_groups, table
+from service.evaluation import evaluate as evaluate_shots
+from service.recognizer import acquire
 from service.recognizer import reembed as reembed_templates
 from service.settings import Settings
 from service.vision.manifest import ModelError
@@ -63,6 +78,64 @@ def reembed() -> None:
         raise typer.Exit(1)
 
 
+@app.command()
+def evaluate(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR",
+            exists=True,
+            file_okay=False,
+            help="A folder with photos for each person, and one of strangers.",
+        ),
+    ],
+    fpr: Annotated[
+        list[float] | None, typer.Option(help="A false-positive rate to ask for; repeatable. Default: 0.1 to 0.001.")
+    ] = None,
+    enrol: Annotated[int, typer.Option(min=1, help="Photos of each person to enrol, the first by name.")] = 1,
+    strangers: Annotated[str, typer.Option(help="Name of the strangers' folder.")] = STRANGERS,
+    groups: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="CSV of person-or-file,group, for a table by group."),
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="File for every figure as JSON.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for report.json, det.png and det.svg.")] = None,
+) -> None:
+    """Measure the rates on your own photos. Nothing of them is stored, and a running service is not needed."""
+    with _explained():
+        fprs = tuple(dict.fromkeys(fpr or FPRS))
+        if not all(0 < one < 1 for one in fprs):
+            raise ValueError("--fpr lies between 0 and 1")
+        if out is not None and not pictures.available():
+            raise ValueError(pictures.MISSING)
+        settings = Settings()
+        try:
+            files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+            placed, ignored = laid_out(files, strangers)
+        except ValueError as exc:
+            raise ValueError(f"In {folder} {exc}.") from None
+        named = None if groups is None else read_groups(groups.read_text(encoding="utf-8"))
+        detector, embedder, calibration = load_models(settings)
+        for one in fprs:
+            # Before minutes of work: a rate that the calibration cannot support.
+            calibration.identification_point(one, 1, 1)
+        # Only what is read at a time is in memory.
+        photos = ((photo, (folder / photo.file).read_bytes()) for photo in placed)
+        with typer.progressbar(
+            acquire(photos, detector, embedder, settings), len(placed), label="photos", file=sys.stderr
+        ) as shots:
+            found = evaluate_shots(list(shots), calibration, Plan(fprs, enrol, named, ignored))
+        report = evaluation_answer(found, None).model_dump_json(indent=2, exclude={"picture"}) + "\n"
+        if json is not None:
+            json.write_text(report, encoding="utf-8")
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "report.json").write_text(report, encoding="utf-8")
+            (out / "det.png").write_bytes(pictures.det(found, "png"))
+            (out / "det.svg").write_bytes(pictures.det(found, "svg"))
+    typer.echo(table(found))
+
+
 @keys.command("add")
 def keys_add(
     name: Annotated[str, typer.Argument(help="What the key is for; shown in `vultus keys list`.")],
@@ -110,7 +183,7 @@ def _explained() -> Iterator[None]:
         for error in exc.errors(include_input=False):
             typer.echo(f"VULTUS_{'_'.join(map(str, error['loc'])).upper()}: {error['msg']}", err=True)
         raise typer.Exit(2) from None
-    except (StartError, ModelError, OSError, ValueError) as exc:
+    except (StartError, ModelError, FprUnsupported, OSError, ValueError) as exc:
         typer.echo(f"vultus: {exc}", err=True)
         raise typer.Exit(2) from None
 

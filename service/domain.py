@@ -339,3 +339,120 @@ class EmbeddedFace:
 
     face: Face
     embedding: Embedding
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A measured error rate: ``errors`` of ``trials``.
+
+    ``rate``: None without trials. ``people``: who stood for trials; ``people_in_error``: those with an error at
+    least. ``low``, ``high``: 95 % interval, people drawn anew. ``supported``: whether the sample is large enough for
+    this rate; ``note`` says in words what it lacks, else it is empty.
+    """
+
+    rate: float | None
+    errors: int
+    trials: int
+    people: int
+    people_in_error: int
+    low: float | None
+    high: float | None
+    supported: bool
+    note: str
+
+
+@dataclass(frozen=True)
+class EvaluatedPoint:
+    """What became of an asked rate. ``matches``: probes of enrolled people who were found; ``mistaken``: those who
+    were taken for another enrolled person. Both are cases of ``fnir.trials``; the rest was answered ``unknown`` or
+    showed no face."""
+
+    fpr: float
+    threshold: float
+    extrapolated: bool
+    fpir: Estimate
+    fnir: Estimate
+    matches: int
+    mistaken: int
+
+
+@dataclass(frozen=True)
+class EvaluatedPairs:
+    """1:1, every two photos compared. ``fpr``: the FMR that was asked for. ``fmr`` and ``fnmr`` are None without
+    pairs."""
+
+    fpr: float
+    threshold: float
+    extrapolated: bool
+    fmr: float | None
+    false_matches: int
+    impostor_pairs: int
+    fnmr: float | None
+    false_non_matches: int
+    genuine_pairs: int
+
+
+@dataclass(frozen=True)
+class GroupPoint:
+    """The rates of one group at one asked rate, in searches of the whole gallery."""
+
+    group: str
+    fpr: float
+    fpir: Estimate
+    fnir: Estimate
+
+
+@dataclass(frozen=True)
+class DetPoint:
+    """One point of the curve of detection error trade-off."""
+
+    threshold: float
+    fpir: float
+    fnir: float | None
+
+
+@dataclass(frozen=True)
+class Acquisition:
+    """How many photos of one use there were, and from how many no face could be taken, by error code."""
+
+    photos: int
+    failed: int
+    codes: dict[str, int]
+
+
+@dataclass(frozen=True)
+class FailedPhoto:
+    """A photo from which no face could be taken for its use."""
+
+    file: str
+    use: Literal["enrolled", "probe", "stranger"]
+    code: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The service measured on somebody's own photos.
+
+    ``enrol``: how many photos of each person were to be enrolled. ``people``: folders of people; ``gallery_size``:
+    those of whom a photo could be enrolled. ``enrolled``, ``probes``, ``strangers``: the photos by their use.
+    ``ignored``: files that are no photos. ``notes``: what to know before these figures are believed.
+    """
+
+    model_id: str
+    enrol: int
+    resamples: int
+    people: int
+    gallery_size: int
+    templates: int
+    stranger_people: int
+    enrolled: Acquisition
+    probes: Acquisition
+    strangers: Acquisition
+    ignored: int
+    rank1: Estimate
+    points: tuple[EvaluatedPoint, ...]
+    pairs: tuple[EvaluatedPairs, ...]
+    groups: tuple[GroupPoint, ...]
+    det: tuple[DetPoint, ...]
+    failures: tuple[FailedPhoto, ...]
+    notes: tuple[str, ...]

@@ -112,6 +112,12 @@ class FprUnsupported(VultusError):
     title = "The calibration cannot support this false-positive rate"
 
 
+class InvalidArchive(VultusError):
+    code = "invalid_archive"
+    status = 422
+    title = "The archive is not a ZIP of the documented form"
+
+
 class InvalidRequest(VultusError):
     code = "invalid_request"
     status = 422

@@ -9,16 +9,17 @@ from __future__ import annotations
 import copy
 import hashlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from service import decision
+from service import decision, evaluation
+from service.archive import read_archive
 from service.calibration import Calibration
 from service.domain import (
     DEFAULT_GALLERY,
@@ -28,6 +29,7 @@ from service.domain import (
     Drift,
     EmbeddedFace,
     Enrollment,
+    Evaluation,
     Face,
     Gallery,
     Hit,
@@ -49,21 +51,22 @@ from service.drift import Histogram, Probes
 from service.errors import (
     FaceNotFound,
     IdentityMismatch,
+    InvalidArchive,
     InvalidRequest,
     ModelMismatch,
     NoFace,
     PhotoError,
-    SeveralFaces,
     SubjectConflict,
     SubjectNotFound,
     VultusError,
 )
+from service.evaluation import Placed, Plan, Shot
 from service.gallery.base import GalleryIndex
 from service.store.repository import Repository
 from service.vision.alignment import align, cut_portrait
 from service.vision.embedder import Embedder
 from service.vision.image import decode_image
-from service.vision.quality import enrolment_problem
+from service.vision.quality import one_usable, searchable
 
 REEMBED_BATCH = 32
 
@@ -82,6 +85,16 @@ class EmbeddingQueue(Protocol):
     """Takes crops ``uint8[N, S, S, 3]`` and promises embeddings ``float32[N, D]``."""
 
     def submit(self, crops: NDArray[np.uint8]) -> Future[NDArray[np.float32]]: ...
+
+
+class PhotoLimits(Protocol):
+    """The limits of one photo."""
+
+    @property
+    def max_image_bytes(self) -> int: ...
+
+    @property
+    def max_image_pixels(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -162,7 +175,7 @@ class Recognizer:
         for position, photo in enumerate(photos):
             try:
                 image, faces = self._see(photo)
-                accepted.append((position, photo, image, _one_usable(faces)))
+                accepted.append((position, photo, image, one_usable(faces)))
             except PhotoError as exc:
                 rejected.append(Rejected(position, exc.code, exc.detail))
         if not accepted:
@@ -320,6 +333,32 @@ class Recognizer:
             tuple((subject, tuple(held)) for subject, held in known.items()),
             tuple(tuple(held) for held in groups.values()),
         )
+
+    def evaluate(
+        self, archive: bytes, strangers: str, plan: Plan, max_bytes: int, checkpoint: Callable[[], None]
+    ) -> Evaluation:
+        """Measure how well people are recognised on the photos of a ZIP; nothing of it is stored anywhere.
+
+        ``strangers``: its folder of strangers. ``max_bytes``: limit on what it holds, unpacked. ``checkpoint``: called
+        before each photo; what it raises ends the work. No place of the embedder's queue is taken. Raises
+        ``InvalidArchive``, ``ImageTooLarge`` and ``FprUnsupported``.
+        """
+        for fpr in plan.fprs:
+            self._calibration.identification_point(fpr, 1, 1)
+        with read_archive(archive, max_bytes) as files:
+            try:
+                placed, ignored = evaluation.laid_out(files.names, strangers)
+            except ValueError as exc:
+                raise InvalidArchive(f"In the archive {exc}.") from None
+
+            def photos() -> Iterator[tuple[Placed, bytes]]:
+                for photo in placed:
+                    checkpoint()
+                    # Of a photo that is too large only so much is read; its own check then names the limit.
+                    yield photo, files.read(photo.file, self._options.max_image_bytes + 1)
+
+            shots = list(acquire(photos(), self._detector, self._embedder, self._options))
+        return evaluation.evaluate(shots, self._calibration, replace(plan, ignored=ignored))
 
     # --- what is enrolled
 
@@ -558,6 +597,20 @@ def cut_crops(embedder: Embedder, faces: Sequence[tuple[Image, Face]]) -> NDArra
     return np.stack([align(image, face.landmarks, template, size) for image, face in faces])
 
 
+def acquire(
+    photos: Iterable[tuple[Placed, bytes]], detector: Detector, embedder: Embedder, limits: PhotoLimits
+) -> Iterator[Shot]:
+    """See each photo as enrolment does, and say what became of it, with the embedding of its face."""
+    for photo, data in photos:
+        try:
+            image = decode_image(data, limits.max_image_bytes, limits.max_image_pixels)
+        except PhotoError as exc:
+            yield Shot(photo, exc.code, None)
+            continue
+        face, problem = searchable(detector.detect(image))
+        yield Shot(photo, problem, None if face is None else embedder.embed(cut_crops(embedder, [(image, face)]))[0])
+
+
 def reembed(repository: Repository, embedder: Embedder, progress: Callable[[int], None] = lambda _: None) -> int:
     """Move every template to ``embedder``'s model, from the kept crops.
 
@@ -589,18 +642,6 @@ def _portraits(repository: Repository, model_id: str) -> Iterator[list[Any]]:
     while batch := repository.portraits(model_id, after, REEMBED_BATCH):
         yield batch
         after = batch[-1].row_id
-
-
-def _one_usable(faces: Sequence[Face]) -> Face:
-    if not faces:
-        raise NoFace
-    problem = enrolment_problem(faces[0])
-    if problem is not None:
-        raise problem
-    others = sum(enrolment_problem(face) is None for face in faces[1:])
-    if others:
-        raise SeveralFaces(f"{others + 1} faces in this photo could be the subject; one must be alone.")
-    return faces[0]
 
 
 def _cosine(similarity: float) -> float:

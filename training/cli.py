@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
+from json import dumps
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from service.errors import FprUnsupported
+from service.evaluation import FPRS as IDENTIFICATION_FPRS
+from service.evaluation import STRANGERS, Plan
+from service.evaluation import table as identification_table
 from service.vision.manifest import ModelError
 from training.calibrate import Origin
 from training.calibrate import calibrate as calibrate_model
@@ -19,6 +24,7 @@ from training.data import DataError, Layout, Role, celeba_photos, folder_photos,
 from training.evaluate import EvaluationSet, draw, read_figures, table, update_document, write_figures
 from training.evaluate import evaluate as evaluate_model
 from training.guards import guards as measure_guards
+from training.identification import identification as count_identification
 from training.metrics import RESAMPLES
 from training.open_set import REPEATS, write_trial
 from training.open_set import draw as draw_trial
@@ -84,6 +90,9 @@ def prepare(
     like_queries: Annotated[
         bool, typer.Option("--like-queries", help="Cut 178×218 photos as tight as celebA_ir's first.")
     ] = False,
+    like_service: Annotated[
+        bool, typer.Option("--like-service", help="Take the same faces as the service, for evaluate --identification.")
+    ] = False,
     jobs: Annotated[
         int | None, typer.Option(min=1, help="Photos at a time, one core each. Default: all cores.")
     ] = None,
@@ -107,6 +116,7 @@ def prepare(
             detector=detector,
             alignment=alignment,
             like_queries=like_queries,
+            like_service=like_service,
             jobs=jobs or _cores(),
         )
     for name, counts in summary.acquired.items():
@@ -149,9 +159,27 @@ def evaluate(
         bool | None, typer.Option("--flip/--no-flip", help="Overrule the manifest, on validation only.")
     ] = None,
     resamples: Annotated[int, typer.Option(min=0, help="Draws of people for the intervals.")] = RESAMPLES,
+    identification: Annotated[
+        bool,
+        typer.Option(
+            "--identification", help="Count as `vultus evaluate` does, on crops prepared with --like-service."
+        ),
+    ] = False,
+    fpr: Annotated[list[float] | None, typer.Option(help="With --identification: a rate; repeatable.")] = None,
+    enrol: Annotated[int, typer.Option(min=1, help="With --identification: photos of each person to enrol.")] = 1,
+    strangers: Annotated[str, typer.Option(help="With --identification: the strangers' folder.")] = STRANGERS,
+    json: Annotated[Path | None, typer.Option(help="With --identification: file for every figure.")] = None,
     threads: Threads = None,
 ) -> None:
     """True-positive rates of an embedder at false-positive rates from 0.5 to 0.001."""
+    if identification:
+        with _explained():
+            plan = Plan(tuple(dict.fromkeys(fpr or IDENTIFICATION_FPRS)), enrol, resamples=resamples)
+            counted = count_identification(model, crops, plan, strangers=strangers, threads=threads or _cores())
+            if json is not None:
+                json.write_text(dumps(asdict(counted), indent=2) + "\n", encoding="utf-8")
+        typer.echo(identification_table(counted))
+        return
     with _explained():
         if document is not None and out is None:
             raise DataError("--document needs --out, from which it is written")

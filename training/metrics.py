@@ -12,11 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from service.evaluation import LEVEL as LEVEL
+from service.evaluation import RESAMPLES as RESAMPLES
+from service.evaluation import numbered as numbered
+from service.evaluation import times_drawn
+
 FPRS = (0.5, 0.2, 0.1, 0.05, 0.01, 0.001)
 """The false-positive rates that are reported."""
-
-RESAMPLES = 200
-LEVEL = 0.95
 
 _BLOCK = 512
 
@@ -129,7 +131,7 @@ def rates_with_intervals(
         weights = np.zeros(int(max(probes.max(), fillers.max(initial=0))) + 1, dtype=np.float32)
         for group in (probes, fillers):
             if len(group):
-                np.add.at(weights, generator.choice(group, len(group)), 1)
+                weights += times_drawn(generator, group, len(weights))
         genuine_weights = weights[genuine.first]
         shares = np.cumsum(weights[first] * weights[second], dtype=np.float64)
         if not genuine_weights.any() or shares[-1] == 0:
@@ -145,11 +147,6 @@ def rates_with_intervals(
         Rate(rate.fpr, rate.threshold, rate.tpr, float(least), float(most))
         for rate, least, most in zip(found, low, high, strict=True)
     ]
-
-
-def numbered(names: Sequence[str]) -> NDArray[np.int32]:
-    """``int32[N]``: a number for each name, the same for the same name."""
-    return np.unique(np.asarray(names), return_inverse=True)[1].astype(np.int32)
 
 
 def _empty(count: int) -> Pairs:

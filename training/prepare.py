@@ -4,8 +4,9 @@ A prepared folder holds
 
 - ``crops.npy``: ``uint8[N, S, S, 3]``, RGB, one crop for each photo, in the order of the index; black where
   no face was found. To be opened with ``mmap_mode="r"``.
-- ``index.csv``: ``file, identity, role, split, acquired, score``, one row for each crop. ``acquired`` says
-  how the face was found, see :class:`Acquired`; ``score`` is the detector's, 0 without one.
+- ``index.csv``: ``file, identity, role, split, acquired, score, problem``, one row for each crop. ``acquired`` says
+  how the face was found, see :class:`Acquired`; ``score`` is the detector's, 0 without one; ``problem`` is the error
+  code with which the service would refuse to enrol the photo, filled in where crops are taken like the service's.
 - ``summary.json``: the settings, and how many faces of each role were acquired in which way.
 
 While the work goes on, ``progress.jsonl`` stands in for the last two. A line is added to it after the crops
@@ -38,9 +39,10 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from service.domain import Crop, Face, Image, Landmarks
 from service.errors import VultusError
 from service.vision.alignment import Transform, align, eye_line_transform, least_squares_transform
-from service.vision.detector import FaceDetector
+from service.vision.detector import SCORE_THRESHOLD, FaceDetector
 from service.vision.image import decode_image
 from service.vision.manifest import load_detector_manifest, load_embedder_manifest
+from service.vision.quality import searchable
 from training.data import DataError, Layout, Photo, Role, Split
 
 CROPS: Final = "crops.npy"
@@ -138,7 +140,8 @@ _TRANSFORMS: Mapping[Alignment, Callable[[Landmarks, Landmarks], Transform]] = {
 
 class Settings(BaseModel):
     """All that decides what the crops are. ``photos_sha256``: digest of the list of photos, not of their
-    contents. ``like_queries``: 178×218 photos were cut to the window of ``celebA_ir`` first."""
+    contents. ``like_queries``: 178×218 photos were cut to the window of ``celebA_ir`` first. ``like_service``: the
+    face is that which the service takes, and there is no fallback. ``least_score``: from which one is taken."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -151,6 +154,8 @@ class Settings(BaseModel):
     like_queries: bool
     detector: str
     detector_sha256: str
+    like_service: bool = False
+    least_score: float = LEAST_SCORE
 
 
 class Counts(BaseModel):
@@ -179,11 +184,12 @@ class Summary(BaseModel):
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the index. ``score``: 0…1, the detector's, rounded to six digits."""
+    """One row of the index. ``score``: 0…1, the detector's, rounded to six digits. ``problem``: an error code or ""."""
 
     photo: Photo
     acquired: Acquired
     score: float
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -239,6 +245,7 @@ def prepare(
     detector: Path,
     alignment: Alignment = Alignment.EYE_LINE,
     like_queries: bool = False,
+    like_service: bool = False,
     jobs: int = 1,
     progress: bool = True,
 ) -> Summary:
@@ -247,7 +254,8 @@ def prepare(
     ``photos``: from :mod:`training.data`, paths relative to ``data``. ``target``: crop
     size and template. ``detector``: folder of the detector. ``jobs``: photos that are worked on at
     the same time, each on one core. ``like_queries``: cut 178×218 photos to the window of ``celebA_ir``
-    first, to see on other people what its tight photos do.
+    first, to see on other people what its tight photos do. ``like_service``: take faces from the detection score,
+    and of several faces the one, that the service takes; no fallback.
 
     Tight photos are padded by :data:`TIGHT_PADDING`; where the detector finds nothing in them,
     :data:`FALLBACK` takes its place. Other photos without a face, and files that are not readable photos,
@@ -267,6 +275,8 @@ def prepare(
         like_queries=like_queries,
         detector=finder.model_id,
         detector_sha256=finder.sha256,
+        like_service=like_service,
+        least_score=SCORE_THRESHOLD if like_service else LEAST_SCORE,
     )
     out.mkdir(parents=True, exist_ok=True)
     with _alone(out):
@@ -274,7 +284,7 @@ def prepare(
             return _finished(out, settings)
         cutter = _Cutter(
             data,
-            FaceDetector.load(detector, least_score=LEAST_SCORE),
+            FaceDetector.load(detector, least_score=settings.least_score),
             target.points,
             target.size,
             settings,
@@ -285,10 +295,10 @@ def prepare(
             for start in range(len(done), len(photos), _BATCH):
                 batch = range(start, min(start + _BATCH, len(photos)))
                 results = list(pool.map(cutter.cut, (photos[i] for i in batch)))
-                for index, (crop, _, _) in zip(batch, results, strict=True):
+                for index, (crop, *_) in zip(batch, results, strict=True):
                     crops[index] = crop
                 crops.flush()
-                entries = [(acquired, score) for _, acquired, score in results]
+                entries = [(acquired, score, problem) for _, acquired, score, problem in results]
                 journal.write(json.dumps(entries) + "\n")
                 journal.flush()
                 fsync(journal.fileno())
@@ -328,7 +338,7 @@ class _Cutter:
     size: int
     settings: Settings
 
-    def cut(self, photo: Photo) -> tuple[Crop, Acquired, float]:
+    def cut(self, photo: Photo) -> tuple[Crop, Acquired, float, str]:
         nothing = np.zeros((self.size, self.size, 3), dtype=np.uint8)
         try:
             data = (self.data / photo.file).read_bytes()
@@ -336,20 +346,24 @@ class _Cutter:
             raise DataError(f"{self.data / photo.file} cannot be read: {error.strerror}") from error
         try:
             image = decode_image(data, MAX_BYTES, MAX_PIXELS)
-        except VultusError:
-            return nothing, Acquired.NONE, 0.0
+        except VultusError as error:
+            return nothing, Acquired.NONE, 0.0, error.code
         tight = photo.tight
         if self.settings.like_queries and not tight:
             image, tight = _window(image, photo), True
         if tight:
             image = _padded(image)
         height, width = image.shape[:2]
-        face = pick_face(self.detector.detect(image), width, height)
+        faces = self.detector.detect(image)
+        if self.settings.like_service:
+            face, problem = searchable(faces)
+        else:
+            face, problem = pick_face(faces, width, height), ""
         if face is not None:
-            return self._align(image, face.landmarks), Acquired.DETECTOR, round(face.detection_score, 6)
-        if tight:
-            return self._align(image, FALLBACK + TIGHT_PADDING), Acquired.FALLBACK, 0.0
-        return nothing, Acquired.NONE, 0.0
+            return self._align(image, face.landmarks), Acquired.DETECTOR, round(face.detection_score, 6), problem
+        if tight and not self.settings.like_service:
+            return self._align(image, FALLBACK + TIGHT_PADDING), Acquired.FALLBACK, 0.0, ""
+        return nothing, Acquired.NONE, 0.0, problem
 
     def _align(self, image: Image, landmarks: Landmarks) -> Crop:
         return align(image, landmarks, self.template, self.size, transform=_TRANSFORMS[self.settings.alignment])
@@ -381,7 +395,7 @@ def _alone(out: Path) -> Iterator[None]:
         lock.release()
 
 
-def _begun(out: Path, settings: Settings) -> tuple[list[tuple[Acquired, float]], _Crops]:
+def _begun(out: Path, settings: Settings) -> tuple[list[tuple[Acquired, float, str]], _Crops]:
     """What an earlier run has finished, and the crops to go on with."""
     journal = out / PROGRESS
     shape = (settings.photos, settings.size, settings.size, 3)
@@ -397,17 +411,17 @@ def _begun(out: Path, settings: Settings) -> tuple[list[tuple[Acquired, float]],
     if lines[0] != heading:
         raise DataError(f"{out} was begun with other settings or photos: choose another folder, or delete it")
     _write(journal, "".join(lines))
-    done = [(Acquired(acquired), float(score)) for line in lines[1:] for acquired, score in json.loads(line)]
+    done = [(Acquired(way), float(score), str(why)) for line in lines[1:] for way, score, why in json.loads(line)]
     return done, np.lib.format.open_memmap(out / CROPS, mode="r+")
 
 
 def _finish(out: Path, settings: Settings, rows: Sequence[Row]) -> Summary:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["file", "identity", "role", "split", "acquired", "score"])
+    writer.writerow(["file", "identity", "role", "split", "acquired", "score", "problem"])
     for row in rows:
         photo = row.photo
-        writer.writerow([photo.file, photo.identity, photo.role, photo.split, row.acquired, row.score])
+        writer.writerow([photo.file, photo.identity, photo.role, photo.split, row.acquired, row.score, row.problem])
     _write(out / INDEX, text.getvalue())
     acquired: dict[Role, Counts] = {}
     for role in Role:
@@ -432,7 +446,8 @@ def _read_index(path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             photo = Photo(row["file"], row["identity"], Role(row["role"]), Split(row["split"]))
-            yield Row(photo, Acquired(row["acquired"]), float(row["score"]))
+            # Folders from before there were reasons have no such column.
+            yield Row(photo, Acquired(row["acquired"]), float(row["score"]), row.get("problem") or "")
 
 
 def _write(path: Path, text: str) -> None:

@@ -34,8 +34,11 @@ async def read_body(request: Request, model: type[BodyT]) -> BodyT:
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     parts = request.app.state.parts
-    max_image = parts.max_image_bytes
-    max_body = min(_max_photos(model) * (max_image * 4 // 3 + 1024) + _OVERHEAD, parts.max_request_bytes)
+    if model.media == Body.media:
+        max_image = parts.max_image_bytes
+        max_body = min(_max_photos(model) * (max_image * 4 // 3 + 1024) + _OVERHEAD, parts.max_request_bytes)
+    else:
+        max_image = max_body = parts.max_request_bytes
     if kind == "application/json" or (kind == "multipart/form-data" and _max_photos(model)):
         try:
             async with asyncio.timeout(BODY_SECONDS):
@@ -79,7 +82,7 @@ def request_body(model: type[Body], example: dict[str, Any]) -> dict[str, Any]:
     if _max_photos(model):
         form = json.loads(json.dumps(schema))
         for name, most in model.photos.items():
-            binary = {"type": "string", "format": "binary", "contentMediaType": "image/*"}
+            binary = {"type": "string", "format": "binary", "contentMediaType": model.media}
             form["properties"][name] = (
                 binary if most == 1 else {"type": "array", "items": binary, "minItems": 1, "maxItems": most}
             )
@@ -133,9 +136,9 @@ async def _form(request: Request, model: type[Body], max_image: int) -> dict[str
                 photos = [await _photo(name, part, max_image) for part in parts]
                 values[name] = _single(name, photos) if most == 1 else photos
             else:
-                values[name] = _single(name, parts)
-                if isinstance(values[name], UploadFile):
+                if any(isinstance(part, UploadFile) for part in parts):
                     raise InvalidRequest(f"{name}: must not be a file.")
+                values[name] = parts if name in model.lists else _single(name, parts)
     finally:
         await form.close()
     return values

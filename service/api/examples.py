@@ -21,6 +21,18 @@ _GALLERY: dict[str, Any] = {"model_id": "dlib-resnet", "gallery": "default"}
 _FACE_ID = "ff52c50c-076c-484f-9cb0-87895c772626"
 _CANDIDATE: dict[str, Any] = {"subject": "Ada", "face_id": _FACE_ID, "similarity": 0.968, "probability": 0.998}
 
+_ESTIMATE: dict[str, Any] = {
+    "rate": 0.008,
+    "errors": 8,
+    "trials": 1000,
+    "people": 500,
+    "people_in_error": 6,
+    "low": 0.002,
+    "high": 0.017,
+    "supported": False,
+    "note": "Only 6 of 500 people were taken for somebody: with fewer than 30, the rate may be off by more than 30 %.",
+}
+
 ANSWERS: dict[str, dict[str, Any]] = {
     "DetectAnswer": {"faces": [_FACE]},
     "EmbedAnswer": {"model_id": "dlib-resnet", "faces": [{**_FACE, "embedding": [-0.0412, 0.0875, 0.0231]}]},
@@ -61,6 +73,37 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "SearchSimilarAnswer": {
         **_GALLERY,
         "faces": [{**_FACE, "similar": [{"face_id": _FACE_ID, "subject": "Ada", "similarity": 0.968}]}],
+    },
+    "EvaluateAnswer": {
+        "model_id": "dlib-resnet",
+        "enrol": 1,
+        "resamples": 200,
+        "people": 100,
+        "gallery_size": 100,
+        "templates": 100,
+        "stranger_people": 500,
+        "enrolled": {"photos": 100, "failed": 0, "codes": {}},
+        "probes": {"photos": 400, "failed": 1, "codes": {"no_face": 1}},
+        "strangers": {"photos": 1000, "failed": 0, "codes": {}},
+        "ignored": 0,
+        "rank1": _ESTIMATE,
+        "points": [{**_POINT, "fpir": _ESTIMATE, "fnir": _ESTIMATE, "matches": 372, "mistaken": 1}],
+        "pairs": [
+            {
+                **_POINT,
+                "fmr": 0.009,
+                "false_matches": 5580,
+                "impostor_pairs": 620_000,
+                "fnmr": 0.05,
+                "false_non_matches": 50,
+                "genuine_pairs": 1000,
+            }
+        ],
+        "groups": [{"group": "gate 1", "fpr": 0.01, "fpir": _ESTIMATE, "fnir": _ESTIMATE}],
+        "det": [{"threshold": 0.894, "fpir": 0.008, "fnir": 0.07}],
+        "failures": [{"file": "Ada/7.jpg", "use": "probe", "code": "no_face"}],
+        "notes": [],
+        "picture": None,
     },
     "SearchUnknownAnswer": {
         **_GALLERY,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 import binascii
+from collections.abc import Callable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from service import errors
+from service import errors, pictures
 from service.api import schemas
 from service.api.auth import Admin, Reader, Writer
 from service.api.bodies import read_body, request_body
@@ -20,6 +21,7 @@ from service.api.problems import responses
 from service.api.schemas import Fpr, GalleryName, SubjectName
 from service.domain import DEFAULT_GALLERY
 from service.errors import InvalidRequest, NotReady
+from service.evaluation import Plan, read_groups
 
 router = APIRouter()
 
@@ -34,6 +36,9 @@ _BODY = (
 )
 _PHOTO = (*_BODY, errors.InvalidImage, errors.TooManyPixels, errors.NoFace)
 _SEARCH = (errors.GalleryNotFound, errors.ModelMismatch)
+
+EVALUATION_SECONDS = 1800
+"""An evaluation that takes longer is given up."""
 
 _BASE64 = "/9j/4AAQSkZJRg…"
 
@@ -212,6 +217,41 @@ async def search_unknown(request: Request, key: Reader) -> schemas.SearchUnknown
         key.require(body.gallery)
         found = await parts.workers.run(parts.recognizer.search_unknown, body.images, body.gallery, body.fpr)
     return schemas.unknown_search(found)
+
+
+@router.post(
+    "/evaluate",
+    tags=["service"],
+    summary="Measure the rates on your own photos",
+    responses={
+        200: example("EvaluateAnswer"),
+        **responses(*_BODY, errors.InvalidArchive, errors.FprUnsupported),
+    },
+    openapi_extra=request_body(schemas.EvaluateBody, {"archive": "UEsDBBQAAAAI…", "fpr": [0.1, 0.01]}),
+)
+async def evaluate(request: Request, _: Admin) -> schemas.EvaluateAnswer:
+    """Enrol the first photos of each person of a ZIP, search with the others and with strangers', and count.
+
+    The ZIP holds a folder for each person, and one of strangers. Nothing of it is stored, and galleries are not
+    touched. One evaluation runs at a time, for half an hour at most.
+    """
+    parts = _parts(request)
+    async with parts.workers.admitted_alone():
+        body = await read_body(request, schemas.EvaluateBody)
+        if body.picture is not None and not pictures.available():
+            raise InvalidRequest(f"picture: {pictures.MISSING}")
+        try:
+            groups = None if body.groups is None else read_groups(body.groups)
+        except ValueError as exc:
+            raise InvalidRequest(f"{exc}.") from None
+        plan = Plan(fprs=tuple(dict.fromkeys(body.fpr)), enrol=body.enrol, groups=groups)
+
+        def work(checkpoint: Callable[[], None]) -> schemas.EvaluateAnswer:
+            found = parts.recognizer.evaluate(body.archive, body.strangers, plan, parts.max_request_bytes, checkpoint)
+            url = None if body.picture is None else pictures.data_url(found, body.picture)
+            return schemas.evaluation(found, url)
+
+        return await parts.workers.run_alone(work, request.is_disconnected, EVALUATION_SECONDS)
 
 
 # --- what is enrolled

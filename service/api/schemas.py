@@ -23,6 +23,7 @@ from pydantic_core import from_json
 
 from service import domain
 from service.domain import DEFAULT_GALLERY, LANDMARK_NAMES
+from service.evaluation import FPRS, STRANGERS
 
 MAX_ENROLL_PHOTOS = 20
 MAX_SET_PHOTOS = 100
@@ -72,10 +73,16 @@ Metadata = Annotated[dict[str, Any], BeforeValidator(_metadata)]
 
 
 class Body(BaseModel):
-    """A request body, multipart or JSON. ``photos``: the fields that hold photos, and how many at most."""
+    """A request body, multipart or JSON. ``photos``: the fields that hold photos, and how many at most.
+
+    ``media``: what they hold; anything but photos may be as large as a request. ``lists``: other fields that a form
+    may repeat.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     photos: ClassVar[Mapping[str, int]] = {}
+    media: ClassVar[str] = "image/*"
+    lists: ClassVar[frozenset[str]] = frozenset()
 
 
 class DetectBody(Body):
@@ -147,6 +154,25 @@ class SearchUnknownBody(Body):
     images: Annotated[list[Photo], Field(min_length=1, max_length=MAX_SET_PHOTOS)]
     gallery: GalleryName = DEFAULT_GALLERY
     fpr: Fpr | None = None
+
+
+class EvaluateBody(Body):
+    photos: ClassVar = {"archive": 1}
+    media: ClassVar = "application/zip"
+    lists: ClassVar = frozenset({"fpr"})
+
+    archive: Annotated[
+        bytes,
+        BeforeValidator(_photo),
+        WithJsonSchema({"type": "string", "contentEncoding": "base64", "contentMediaType": "application/zip"}),
+    ]
+    fpr: Annotated[list[Fpr], Field(min_length=1, max_length=20)] = list(FPRS)
+    enrol: Annotated[int, Field(ge=1, le=20, description="Photos of each person to enrol, the first by name.")] = 1
+    strangers: Annotated[
+        str, Field(min_length=1, max_length=256, pattern=r"^[^/]+$", description="Name of the strangers' folder.")
+    ] = STRANGERS
+    groups: Annotated[str, Field(max_length=2**20, description="CSV: `person-or-file,group`.")] | None = None
+    picture: Annotated[Literal["svg", "png"] | None, Field(description="Draw the DET curve too.")] = None
 
 
 class GalleryBody(Body):
@@ -428,6 +454,81 @@ class ModelAnswer(ModelPart):
     detector: ModelPart
 
 
+class Estimate(Answer):
+    rate: float | None = Field(description="`errors` / `trials`; null without trials.")
+    errors: int
+    trials: int
+    people: int = Field(description="Who stood for the trials.")
+    people_in_error: int = Field(description="Those with an error at least.")
+    low: float | None = Field(description="Lower end of the 95 % interval, people drawn anew.")
+    high: float | None
+    supported: bool = Field(description="Whether the sample is large enough for this rate.")
+    note: str = Field(description="What the sample lacks; empty if nothing.")
+
+
+class EvaluatedPoint(OperatingPoint):
+    fpir: Estimate = Field(description="Strangers' searches that are answered with somebody.")
+    fnir: Estimate = Field(description="Enrolled people's probes that are not answered with that person.")
+    matches: int = Field(description="Enrolled people's probes that are.")
+    mistaken: int = Field(description="Enrolled people's probes that are answered with somebody else.")
+
+
+class EvaluatedPairs(OperatingPoint):
+    fmr: float | None
+    false_matches: int
+    impostor_pairs: int
+    fnmr: float | None
+    false_non_matches: int
+    genuine_pairs: int
+
+
+class GroupPoint(Answer):
+    group: str
+    fpr: float
+    fpir: Estimate
+    fnir: Estimate
+
+
+class DetPoint(Answer):
+    threshold: float
+    fpir: float
+    fnir: float | None
+
+
+class Acquisition(Answer):
+    photos: int
+    failed: int = Field(description="Photos from which no face could be taken.")
+    codes: dict[str, int] = Field(description="Why, by error code.")
+
+
+class FailedPhoto(Answer):
+    file: str
+    use: Literal["enrolled", "probe", "stranger"]
+    code: str
+
+
+class EvaluateAnswer(Answer):
+    model_id: str
+    enrol: int
+    resamples: int = Field(description="Draws of people behind the intervals.")
+    people: int
+    gallery_size: int = Field(description="People of whom a photo could be enrolled.")
+    templates: int
+    stranger_people: int
+    enrolled: Acquisition
+    probes: Acquisition
+    strangers: Acquisition
+    ignored: int = Field(description="Files that are no photos.")
+    rank1: Estimate = Field(description="Probes whose best candidate is not that person, whatever the similarity.")
+    points: list[EvaluatedPoint]
+    pairs: list[EvaluatedPairs] = Field(description="The same rates asked of comparisons of two photos.")
+    groups: list[GroupPoint]
+    det: list[DetPoint] = Field(description="The DET curve, thresholds falling.")
+    failures: list[FailedPhoto]
+    notes: list[str]
+    picture: str | None = Field(None, description="The DET curve as a data URL, if one was asked for.")
+
+
 class Status(Answer):
     status: Literal["alive", "ready"]
 
@@ -573,3 +674,7 @@ def subject(found: domain.Subject) -> Subject:
         created_at=found.created_at,
         faces=[stored_face(template) for template in found.faces],
     )
+
+
+def evaluation(found: domain.Evaluation, picture: str | None) -> EvaluateAnswer:
+    return EvaluateAnswer.model_validate({**vars(found), "picture": picture}, from_attributes=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from service.domain import Box, Face, Image, Landmarks, Quality
-from service.errors import FaceTooSmall, LowQuality, VultusError
+from service.errors import FaceTooSmall, LowQuality, NoFace, PhotoError, SeveralFaces, VultusError
 from service.vision.alignment import TEMPLATE_112, align
 
 MIN_SIZE = 32.0
@@ -113,6 +114,36 @@ def enrolment_problem(face: Face) -> VultusError | None:
             f"The face is blurred: sharpness {quality.sharpness:.2f}, at least {MIN_SHARPNESS:.2f} is needed."
         )
     return None
+
+
+def one_usable(faces: Sequence[Face]) -> Face:
+    """The face that a photo for enrolment is of, of all its faces, the largest first.
+
+    Raises :class:`~service.errors.NoFace`, what :func:`enrolment_problem` says of the largest, or
+    :class:`~service.errors.SeveralFaces` if another is good enough too.
+    """
+    if not faces:
+        raise NoFace
+    problem = enrolment_problem(faces[0])
+    if problem is not None:
+        raise problem
+    others = sum(enrolment_problem(face) is None for face in faces[1:])
+    if others:
+        raise SeveralFaces(f"{others + 1} faces in this photo could be the subject; one must be alone.")
+    return faces[0]
+
+
+def searchable(faces: Sequence[Face]) -> tuple[Face | None, str]:
+    """The face with which an evaluation searches, and the error code with which enrolment refuses the photo, or "".
+
+    That of :func:`one_usable`; and the largest, as a search does with it, where only its size or quality is against it.
+    """
+    try:
+        return one_usable(faces), ""
+    except (FaceTooSmall, LowQuality) as error:
+        return faces[0], error.code
+    except PhotoError as error:
+        return None, error.code
 
 
 def _sharpness(image: Image, landmarks: Landmarks) -> float:
