@@ -30,7 +30,7 @@ format: .venv/test.done
 # The serving environment has no torch, and nothing of training/ is needed to run it.
 .venv/run.done: pyproject.toml constraints.txt
 	@$(PYTHON) -m venv .venv/run
-	@.venv/run/bin/python $(PIP) -e .
+	@.venv/run/bin/python $(PIP) -e '.[pictures]'
 	@touch $@
 
 .venv/test.done: pyproject.toml constraints.txt

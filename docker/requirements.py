@@ -1,6 +1,7 @@
-"""Print the serving dependencies of the pyproject.toml on standard input, a line each."""
+"""Print what the image serves with, of the pyproject.toml on standard input, a line each: dependencies and pictures."""
 
 import sys
 import tomllib
 
-print("\n".join(tomllib.loads(sys.stdin.read())["project"]["dependencies"]))
+project = tomllib.loads(sys.stdin.read())["project"]
+print("\n".join(project["dependencies"] + project["optional-dependencies"]["pictures"]))

@@ -26,6 +26,7 @@ RUN groupadd --gid 10001 vultus && useradd --uid 10001 --gid 10001 --no-create-h
  && install -d -o vultus -g vultus /data
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
+    MPLCONFIGDIR=/tmp/matplotlib \
     VULTUS_HOST=0.0.0.0 \
     VULTUS_PORT=8000 \
     VULTUS_DATA_DIR=/data \

@@ -372,12 +372,12 @@ def _estimate(
     note = ""
     if least is not None and least * people < NONE_SEEN * (1 - 1e-9):
         note = (
-            f"{people:,} people cannot show a rate of {least:g}: even if none of them {verb}, it could be "
+            f"{_count(people)} cannot show a rate of {least:g}: even if none of them {verb}, it could be "
             f"{min(1.0, NONE_SEEN / people):.2g}. {int(np.ceil(NONE_SEEN / least - 1e-6)):,} are the least."
         )
     elif affected < ENOUGH_ERRORS:
         note = (
-            f"Only {affected} of {people:,} people {verb}: with fewer than {ENOUGH_ERRORS}, the rate may be off by "
+            f"Only {affected} of {_count(people)} {verb}: with fewer than {ENOUGH_ERRORS}, the rate may be off by "
             "more than 30 %."
         )
     return Estimate(count / trials, count, trials, people, affected, low, high, not note, note)
@@ -497,12 +497,13 @@ def _notes(
     notes = []
     missing = len(set(people)) - enrolled
     if missing:
+        photos = "photo" if plan.enrol == 1 else f"{plan.enrol} photos"
         notes.append(
-            f"{missing:,} people could not be enrolled from their first {plan.enrol} photos; their other photos count "
-            "as missed."
+            f"{_count(missing)} could not be enrolled from the first {photos}; the others of these people count as "
+            "missed."
         )
     if not mated:
-        notes.append(f"Nobody has more than {plan.enrol} photos: there is nothing to measure FNIR on.")
+        notes.append(f"Nobody has photos beyond the first {plan.enrol}: there is nothing to measure FNIR on.")
     if not strange:
         notes.append("There are no faces of strangers: there is nothing to measure FPIR on.")
     return notes
@@ -565,3 +566,7 @@ def _shown(rate: Estimate) -> str:
         return "– ?"
     mark = "" if rate.supported else " ?"
     return f"{100 * rate.rate:.3g} % ({100 * rate.low:.2g}–{100 * rate.high:.2g}){mark}"
+
+
+def _count(people: int) -> str:
+    return f"{people:,} {'person' if people == 1 else 'people'}"
