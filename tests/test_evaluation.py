@@ -27,7 +27,7 @@ def made(seed: int, people: int, strangers: int, most: int = 5, problems: tuple[
     files = [f"p{i:03}/{j}.jpg" for i in range(people) for j in range(generator.integers(1, most + 1))]
     files += [f"strangers/s{i:03}/{j}.jpg" for i in range(strangers) for j in range(generator.integers(1, 3))]
     placed, _ = laid_out(files)
-    faces = {name: generator.normal(size=16) for name in {photo.person for photo in placed}}
+    faces = {name: generator.normal(size=16) for name in sorted({photo.person for photo in placed})}
     common = generator.normal(size=16) * 2.2
     shots = []
     for photo in placed:
