@@ -192,7 +192,7 @@ class Calibration(BaseModel):
     def _point(self, fpr: float, subjects: int, templates: int, *, safe: bool) -> OperatingPoint:
         fmr = rate_of_one(fpr, self.comparisons(subjects, templates), self.spread)
         threshold, extrapolated = self.at_fmr(min(max(fmr, 1e-300), 1 - 1e-15), safe=safe)
-        return OperatingPoint(fpr, threshold, extrapolated)
+        return OperatingPoint(fpr, threshold, extrapolated, model_identities=self.identities)
 
 
 def rate_of_all(fmr: float, comparisons: float, spread: float) -> float:

@@ -31,6 +31,12 @@ LANDMARK_NAMES = ("left_eye", "right_eye", "nose", "mouth_left", "mouth_right")
 
 DEFAULT_GALLERY = "default"
 
+Basis: TypeAlias = Literal["model", "gallery", "both"]
+"""Whose similarities a threshold rests on."""
+
+OwnCalibrationMode: TypeAlias = Literal["stricter", "full"]
+"""What a gallery's own people may do to its thresholds: only raise them, or lower them too."""
+
 
 @dataclass(frozen=True)
 class Box:
@@ -78,12 +84,14 @@ class Face:
 
 @dataclass(frozen=True)
 class Gallery:
-    """A named set of subjects that is searched as one."""
+    """A named set of subjects that is searched as one. ``own_calibration``: whether its own people may only raise
+    its thresholds, or lower them too."""
 
     name: str
     subjects: int
     templates: int
     created_at: datetime
+    own_calibration: OwnCalibrationMode
 
 
 @dataclass(frozen=True)
@@ -189,12 +197,16 @@ class OperatingPoint:
 
     ``fpr``: what was asked for. ``threshold``: cosine; a similarity at or above it is a match.
     ``extrapolated``: the calibration sample is too small for this rate, and the threshold is that of a model
-    of its tail.
+    of its tail. ``basis``: what the threshold rests on, the model's calibration, the gallery's own people, or
+    both; ``model_identities``, ``gallery_identities``: on how many people of each.
     """
 
     fpr: float
     threshold: float
     extrapolated: bool
+    basis: Basis = "model"
+    model_identities: int = 0
+    gallery_identities: int = 0
 
 
 @dataclass(frozen=True)

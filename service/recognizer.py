@@ -38,6 +38,7 @@ from service.domain import (
     Image,
     NewTemplate,
     OperatingPoint,
+    OwnCalibrationMode,
     Rejected,
     Removal,
     SeenFace,
@@ -62,6 +63,7 @@ from service.errors import (
 )
 from service.evaluation import Placed, Plan, Shot
 from service.gallery.base import GalleryIndex
+from service.own_calibration import OwnCalibrations
 from service.store.repository import Repository
 from service.vision.alignment import align, cut_portrait
 from service.vision.embedder import Embedder
@@ -138,8 +140,11 @@ class Recognizer:
         self._writing = threading.Lock()
         self._probes = Probes()
         self._counting = threading.Lock()
+        self._own = OwnCalibrations(calibration, repository.embeddings)
         for entries in repository.index_entries(self.model_id):
             index.add(entries)
+            self._own.load(entries)
+        self._own.loaded()
         self._foreign = repository.foreign_models(self.model_id)
 
     # --- photos
@@ -201,21 +206,22 @@ class Recognizer:
             for (_, photo, image, face), embedding in zip(accepted, embeddings, strict=True)
         ]
         with self._writing:
-            self._require(gallery)
+            mode = self._require(gallery)
             # Under the lock: of two who enrol one person under two names at once the second finds the first.
             if not allow_conflict:
-                self._refuse_conflicts(gallery, subject, [position for position, *_ in accepted], embeddings)
+                self._refuse_conflicts(gallery, mode, subject, [position for position, *_ in accepted], embeddings)
             templates, entries = self.repository.enroll(gallery, subject, metadata, new)
             self._index.add(entries)
+            self._own.add(entries)
         return Enrollment(subject, gallery, self.model_id, tuple(templates), tuple(rejected))
 
     def identify(self, photo: bytes, gallery: str, fpr: float | None, top_k: int) -> Identification:
         """Say of every face in a photo who in the gallery it is, or that it is nobody there. Raises ``NoFace``."""
-        self._require(gallery)
+        mode = self._require(gallery)
         faces, embeddings = self._probe(photo)
         # Of two at least, so that the margin is known.
         found, subjects, templates = self._candidates(gallery, embeddings, max(top_k, 2))
-        point = self._calibration.identification_point(self._fpr(fpr), subjects, templates)
+        point = self._identification_point(gallery, mode, self._fpr(fpr), subjects, templates)
         decisions = [decision.decide(candidates, point) for candidates in found]
         self._count(gallery, decisions, subjects, templates)
         return Identification(
@@ -245,7 +251,7 @@ class Recognizer:
 
         The subject's best template counts, and the threshold allows for how many there are.
         """
-        self._require(gallery)
+        mode = self._require(gallery)
         image, faces = self._see(photo)
         if not faces:
             raise NoFace("No face was found in image_a.")
@@ -257,6 +263,7 @@ class Recognizer:
         similarities = vectors @ probe
         best = int(np.argmax(similarities))
         point = self._calibration.subject_point(self._verify_fpr(fpr), len(enrolled))
+        point = self._own.combined(point, gallery, mode, 1, len(enrolled))
         best_face = enrolled[best]
         return self._verified(
             float(similarities[best]), point, faces[0], best_face.face, best_face.face_id, len(enrolled)
@@ -286,7 +293,7 @@ class Recognizer:
 
         Photos that are broken or show no face are listed in ``rejected``.
         """
-        self._require(gallery)
+        mode = self._require(gallery)
         rejected: list[Rejected] = []
         faces: list[tuple[int, Face]] = []
         vectors: list[NDArray[np.float32]] = []
@@ -301,7 +308,7 @@ class Recognizer:
         probes = np.concatenate(vectors) if vectors else np.empty((0, self._embedder.dimension), np.float32)
         candidates, subjects, templates = self._candidates(gallery, probes, 1)
         rate = self._fpr(fpr)
-        point = self._calibration.identification_point(rate, subjects, templates)
+        point = self._identification_point(gallery, mode, rate, subjects, templates)
         seen = [
             SeenFace(position, face, best[0] if best else None)
             for (position, face), best in zip(faces, candidates, strict=True)
@@ -317,7 +324,7 @@ class Recognizer:
                 known.setdefault(decided.subject, []).append(face)
         # A stranger's face is compared with every other one's, as a probe is with a gallery's templates.
         others = len(strangers) - 1
-        group_threshold = self._calibration.identification_point(rate, others, others).threshold
+        group_threshold = self._identification_point(gallery, mode, rate, others, others).threshold
         groups: dict[int, list[SeenFace]] = {}
         for number, label in zip(strangers, decision.group(probes[strangers], group_threshold), strict=True):
             groups.setdefault(int(label), []).append(seen[number])
@@ -375,6 +382,11 @@ class Recognizer:
         with self._writing:
             return self.repository.create_gallery(name)
 
+    def set_own_calibration(self, gallery: str, mode: OwnCalibrationMode) -> Gallery:
+        """Say what a gallery's own people may do to its thresholds. Raises ``GalleryNotFound``."""
+        with self._writing:
+            return self.repository.set_own_calibration(gallery, mode)
+
     def delete_gallery(self, name: str) -> None:
         """Delete a gallery and all that it holds, for good. Raises ``GalleryNotFound``, ``InvalidRequest``."""
         if name == DEFAULT_GALLERY:
@@ -413,10 +425,10 @@ class Recognizer:
 
     def operating_points(self, gallery: str, fpr: float | None) -> tuple[OperatingPoint, OperatingPoint, int, int]:
         """Return the 1:N and the 1:1 operating point now, and how many subjects and templates there are."""
-        self._require(gallery)
+        mode = self._require(gallery)
         subjects, templates = self._index.sizes(gallery)
         return (
-            self._calibration.identification_point(self._fpr(fpr), subjects, templates),
+            self._identification_point(gallery, mode, self._fpr(fpr), subjects, templates),
             self._calibration.verification_point(self._verify_fpr(fpr)),
             subjects,
             templates,
@@ -439,12 +451,17 @@ class Recognizer:
         return self._calibration.subject_point(fpr, max(photos - 1, 1)).threshold
 
     def _refuse_conflicts(
-        self, gallery: str, subject: str, positions: Sequence[int], embeddings: NDArray[np.float32]
+        self,
+        gallery: str,
+        mode: OwnCalibrationMode,
+        subject: str,
+        positions: Sequence[int],
+        embeddings: NDArray[np.float32],
     ) -> None:
         """Raise ``EnrolledElsewhere`` if the gallery's best match of a photo is another subject than ``subject``."""
         found, subjects, templates = self._candidates(gallery, embeddings, 1)
         fpr = max(self._options.conflict_fpr, self._calibration.smallest_fpir)
-        point = self._calibration.identification_point(fpr, subjects, templates)
+        point = self._identification_point(gallery, mode, fpr, subjects, templates)
         conflicts = [
             Conflict(position, candidates[0].subject, candidates[0].face_id, candidates[0].similarity, point.threshold)
             for position, candidates in zip(positions, found, strict=True)
@@ -463,14 +480,21 @@ class Recognizer:
                     rate = self._calibration.identification_rate(decided.similarity, subjects, templates)
                     self._probes.add(gallery, decided.decision, decided.similarity, rate, subjects)
 
-    def _require(self, gallery: str) -> None:
-        self.repository.require_gallery(gallery)
+    def _require(self, gallery: str) -> OwnCalibrationMode:
+        mode = self.repository.own_calibration(gallery)
         others = self._foreign.get(gallery)
         if others:
             raise ModelMismatch(
                 f"The gallery {gallery!r} was enrolled with {', '.join(sorted(others))}, and {self.model_id} is "
                 "loaded. Load the other model again, or stop the service and run `vultus reembed`."
             )
+        return mode
+
+    def _identification_point(
+        self, gallery: str, mode: OwnCalibrationMode, fpr: float, subjects: int, templates: int
+    ) -> OperatingPoint:
+        point = self._calibration.identification_point(fpr, subjects, templates)
+        return self._own.combined(point, gallery, mode, subjects, templates)
 
     def _see(self, photo: bytes) -> tuple[Image, list[Face]]:
         image = decode_image(photo, self._options.max_image_bytes, self._options.max_image_pixels)
@@ -556,6 +580,8 @@ class Recognizer:
                 raise
             if removed.by_model.keys() - {self.model_id}:
                 self._foreign = self.repository.foreign_models(self.model_id)
+            if self.model_id in removed.by_model:
+                self._own.remove(removed.gallery, removed.by_model[self.model_id].row_ids.tolist())
         self.repository.forget()
 
     def _fpr(self, asked: float | None) -> float:

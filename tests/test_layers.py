@@ -21,6 +21,7 @@ MIDDLE = (
     "service.drift",
     "service.evaluation",
     "service.archive",
+    "service.own_calibration",
 )
 
 ALLOWED: dict[str, set[str]] = {
@@ -35,6 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "service.calibration": BOTTOM,
     "service.drift": BOTTOM,
     "service.evaluation": BOTTOM | {"service.calibration"},
+    "service.own_calibration": BOTTOM | {"service.calibration"},
     "service.archive": BOTTOM,
     "service.pictures": BOTTOM,
     "service.recognizer": BOTTOM | set(MIDDLE),
@@ -46,6 +48,7 @@ ALLOWED: dict[str, set[str]] = {
         "service.vision",
         "service.decision",
         "service.calibration",
+        "service.own_calibration",
         "service.drift",
         "service.evaluation",
     },

@@ -292,6 +292,21 @@ def gallery(request: Request, gallery: GalleryName, key: Reader) -> schemas.Gall
     return schemas.gallery(_parts(request).recognizer.gallery(gallery))
 
 
+@router.patch(
+    "/galleries/{gallery}",
+    tags=["galleries"],
+    summary="Say what a gallery's own people may do to its thresholds",
+    responses=responses(*_BODY, errors.GalleryNotFound),
+    openapi_extra=request_body(schemas.GalleryPatch, {"own_calibration": "full"}),
+)
+async def update_gallery(request: Request, gallery: GalleryName, key: Admin) -> schemas.Gallery:
+    """Let the gallery's own people make its thresholds only `stricter`, or in `full` also more permissive."""
+    parts = _parts(request)
+    key.require(gallery)
+    body = await read_body(request, schemas.GalleryPatch)
+    return schemas.gallery(await parts.workers.run(parts.recognizer.set_own_calibration, gallery, body.own_calibration))
+
+
 @router.delete(
     "/galleries/{gallery}",
     status_code=204,
@@ -423,7 +438,11 @@ def operating_points(
     fpr: Annotated[Fpr | None, Query(description="Default: the service's own for each.")] = None,
     gallery: GalleryQuery = DEFAULT_GALLERY,
 ) -> schemas.OperatingPointsAnswer:
-    """Return the thresholds of `/identify` and `/verify` for a rate, the loaded model and the gallery's size."""
+    """Return the thresholds of `/identify` and `/verify` for a rate, and what they rest on.
+
+    That of `/identify` is for the loaded model, the gallery's size and its own people; that of `/verify` is for two
+    photos.
+    """
     key.require(gallery)
     recognizer = _parts(request).recognizer
     identification, verification, subjects, templates = recognizer.operating_points(gallery, fpr)

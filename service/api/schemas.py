@@ -72,6 +72,12 @@ Fpr = Annotated[float, Field(gt=0, lt=1, description="False-positive rate, betwe
 Metadata = Annotated[dict[str, Any], BeforeValidator(_metadata)]
 
 
+OwnCalibration = Annotated[
+    domain.OwnCalibrationMode,
+    Field(description="Its own people may make its thresholds only `stricter`, or in `full` also more permissive."),
+]
+
+
 class Body(BaseModel):
     """A request body, multipart or JSON. ``photos``: the fields that hold photos, and how many at most.
 
@@ -177,6 +183,10 @@ class EvaluateBody(Body):
 
 class GalleryBody(Body):
     gallery: GalleryName
+
+
+class GalleryPatch(Body):
+    own_calibration: OwnCalibration
 
 
 class SubjectPatch(Body):
@@ -374,6 +384,7 @@ class Gallery(Answer):
     subjects: int
     templates: int
     created_at: datetime
+    own_calibration: OwnCalibration
 
 
 class GalleriesAnswer(Answer):
@@ -405,6 +416,9 @@ class OperatingPoint(Answer):
     fpr: float
     threshold: float
     extrapolated: bool
+    basis: domain.Basis = Field(description="What the threshold rests on.")
+    model_identities: int = Field(description="People of the model's calibration.")
+    gallery_identities: int = Field(description="People of the gallery itself who count; 0 with basis `model`.")
 
 
 class Drift(Answer):
@@ -663,7 +677,7 @@ def _seen(faces: tuple[domain.SeenFace, ...]) -> list[SeenFace]:
 
 
 def gallery(found: domain.Gallery) -> Gallery:
-    return Gallery(gallery=found.name, subjects=found.subjects, templates=found.templates, created_at=found.created_at)
+    return Gallery(gallery=found.name, **{name: value for name, value in vars(found).items() if name != "name"})
 
 
 def subject(found: domain.Subject) -> Subject:

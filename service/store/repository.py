@@ -42,6 +42,7 @@ from service.domain import (
     Gallery,
     IndexEntries,
     NewTemplate,
+    OwnCalibrationMode,
     Portrait,
     Quality,
     Removal,
@@ -119,10 +120,20 @@ class Repository:
             raise GalleryNotFound(f"There is no gallery named {name!r}.")
         return _gallery(row)
 
-    def require_gallery(self, name: str) -> None:
-        """Raise ``GalleryNotFound`` unless there is such a gallery."""
+    def own_calibration(self, gallery: str) -> OwnCalibrationMode:
+        """Return what a gallery's own people may do to its thresholds. Raises ``GalleryNotFound``."""
         with self._read() as connection:
-            _gallery_id(connection, name)
+            mode = connection.scalar(select(galleries.c.own_calibration).where(galleries.c.name == gallery))
+        if mode is None:
+            raise GalleryNotFound(f"There is no gallery named {gallery!r}.")
+        return "full" if mode == "full" else "stricter"
+
+    def set_own_calibration(self, gallery: str, mode: OwnCalibrationMode) -> Gallery:
+        """Say what a gallery's own people may do to its thresholds. Raises ``GalleryNotFound``."""
+        with self._write() as connection:
+            gallery_id = _gallery_id(connection, gallery)
+            connection.execute(update(galleries).where(galleries.c.id == gallery_id).values(own_calibration=mode))
+        return self.gallery(gallery)
 
     def create_gallery(self, name: str) -> Gallery:
         """Add an empty gallery. Raises ``GalleryExists``."""
@@ -532,12 +543,13 @@ def _gallery_query() -> Select[Any]:
         select(
             galleries.c.name,
             galleries.c.created_at,
+            galleries.c.own_calibration,
             func.count(subjects.c.id.distinct()).label("subjects"),
             func.count(faces.c.id).label("templates"),
         )
         .outerjoin(subjects, subjects.c.gallery_id == galleries.c.id)
         .outerjoin(faces, faces.c.subject_id == subjects.c.id)
-        .group_by(galleries.c.id, galleries.c.name, galleries.c.created_at)
+        .group_by(galleries.c.id, galleries.c.name, galleries.c.created_at, galleries.c.own_calibration)
     )
 
 
@@ -559,7 +571,8 @@ def _template_query() -> Select[Any]:
 
 
 def _gallery(row: Row[Any]) -> Gallery:
-    return Gallery(row.name, int(row.subjects), int(row.templates), row.created_at)
+    mode: OwnCalibrationMode = "full" if row.own_calibration == "full" else "stricter"
+    return Gallery(row.name, int(row.subjects), int(row.templates), row.created_at, mode)
 
 
 def _subject(row: Row[Any], gallery: str, templates: Sequence[Template]) -> Subject:

@@ -54,6 +54,7 @@ galleries = Table(
     Column("id", _RowId, primary_key=True),
     Column("name", String(64), nullable=False, unique=True),
     Column("created_at", UtcDateTime, nullable=False),
+    Column("own_calibration", String(16), nullable=False, server_default="stricter"),
     sqlite_autoincrement=True,
 )
 

@@ -1,0 +1,72 @@
+"""How long a gallery's own calibration takes: `python bench/own_calibration.py`.
+
+The start with 50,000 templates, an enrolment and a deletion in a gallery of 100,000, and a look-up.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.calibration import Calibration
+from service.domain import IndexEntries
+from service.own_calibration import OwnCalibrations
+from service.settings import BUNDLED_MODELS
+
+SUBJECTS, EACH, STARTING, DIMENSION, CHANGES, LOOK_UPS = 100_000, 3, 50_000, 128, 200, 2000
+BATCH = 4096
+
+
+def main() -> None:
+    generator = np.random.default_rng(0)
+    calibration = Calibration.load(BUNDLED_MODELS / "dlib-resnet" / "calibration.json")
+    middle = generator.normal(size=DIMENSION) * 3
+
+    def entries(row_ids: NDArray[np.int64]) -> IndexEntries:
+        # Impostor similarities around 0.9, as the bundled model's.
+        vectors = middle + generator.normal(size=(len(row_ids), DIMENSION))
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        return IndexEntries("g", row_ids, row_ids // EACH, vectors.astype(np.float32))
+
+    def fetch(row_ids: object) -> NDArray[np.float32]:
+        return entries(np.asarray(row_ids, np.int64)).embeddings
+
+    def started(templates: int) -> tuple[OwnCalibrations, float]:
+        own = OwnCalibrations(calibration, fetch)
+        seconds = 0.0
+        for start in range(0, templates, BATCH):
+            batch = entries(np.arange(start, min(start + BATCH, templates), dtype=np.int64))
+            begin = time.perf_counter()
+            own.load(batch)
+            seconds += time.perf_counter() - begin
+        begin = time.perf_counter()
+        own.loaded()
+        return own, seconds + time.perf_counter() - begin
+
+    print(f"start with {STARTING:,} templates: {started(STARTING)[1]:.2f} s")
+    own, seconds = started(SUBJECTS * EACH)
+    print(f"start with {SUBJECTS:,} subjects, {EACH} templates each: {seconds:.2f} s")
+    timed: dict[str, list[float]] = {"enrolment": [], "deletion": []}
+    for change in range(CHANGES):
+        batch = entries(np.arange(EACH, dtype=np.int64) + EACH * (SUBJECTS + change))
+        begin = time.perf_counter()
+        own.add(batch)
+        timed["enrolment"].append(time.perf_counter() - begin)
+    for change in range(CHANGES):
+        begin = time.perf_counter()
+        own.remove("g", list(range(EACH * change, EACH * change + EACH)))
+        timed["deletion"].append(time.perf_counter() - begin)
+    for name, times in timed.items():
+        print(f"{name}: median {1e3 * statistics.median(times):.1f} ms, longest {1e3 * max(times):.1f} ms")
+    point = calibration.identification_point(0.01, SUBJECTS, EACH * SUBJECTS)
+    begin = time.perf_counter()
+    for _ in range(LOOK_UPS):
+        found = own.combined(point, "g", "stricter", SUBJECTS, EACH * SUBJECTS)
+    print(f"look-up: {1e6 * (time.perf_counter() - begin) / LOOK_UPS:.1f} µs, {found}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,443 @@
+"""What a gallery's own people say about its thresholds. Pure: vectors in, operating points out.
+
+The people of a gallery are strangers to one another, seen by the user's own cameras. Each one in turn is left out and
+searches the others: how often that finds somebody is a direct sample of FPIR (ISO/IEC 19795-1) in the user's own
+domain. The model's calibration is the prior: where the gallery has few people, it is what counts.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.calibration import Calibration, rate_of_all, rate_of_one
+from service.domain import IndexEntries, OperatingPoint, OwnCalibrationMode
+
+SUBJECTS = 1000
+"""Subjects of a gallery that are compared with one another: those whose number has the smallest hash."""
+
+TEMPLATES = 3
+"""Templates of each of them, chosen in the same way."""
+
+LEAST_SUBJECTS = 5
+"""With fewer people the gallery says nothing."""
+
+INFLUENCE = 3.0
+"""Strangers, at most, whose being mistaken for one and the same subject counts at any threshold: nobody who enrols one
+odd picture can raise a large gallery's threshold at will."""
+
+_FRACTION = 2.0**15
+"""Coordinates are rounded to its inverse. Products of two are then multiples of 2^-30, and sums of them are exact in
+float64 in whatever order they are added: the same people give the same bits, however they came and went."""
+
+_BINS = 8192
+_LOCATED_AT = (0.1, 0.01)
+"""FMR at which the domain's impostor similarities are compared with the model's, for location and scale."""
+
+_LOCATION_ERROR, _SCALE_ERROR = 0.8, 0.6
+"""Standard errors of location (in model's distances between those two) and of the logarithm of scale, for one person;
+they fall with the root of the number of people. From the intervals of the bundled calibration."""
+
+_PRIOR = 6.0
+"""Strangers, mistaken, that the level before counts for in the ratio of a level; see :func:`_ratios`."""
+
+_SAFE = 0.0
+_LEVELS = np.concatenate([[0.9, 0.7], 0.5 * 2.0 ** -np.arange(0, 30, 0.5)])
+_RULE_OF_30 = 30
+_BLOCK = 256
+
+Fetch = Callable[[Sequence[int]], NDArray[np.float32]]
+"""Return the embeddings ``float32[N, D]`` of these row ids, in their order."""
+
+
+@dataclass(frozen=True)
+class OwnRates:
+    """FPIR over the threshold, as a gallery's own people show it, in a search worth ``comparisons`` comparisons.
+
+    ``identities``: people it rests on. ``thresholds``: ``float64[L]``, rising; ``log_rates``: ``float64[L]``, falling,
+    natural logarithms of FPIR. ``extrapolated_below``: rates below it rest on a modelled tail.
+    """
+
+    identities: int
+    comparisons: float
+    thresholds: NDArray[np.float64]
+    log_rates: NDArray[np.float64]
+    extrapolated_below: float
+
+    def combined(
+        self, point: OperatingPoint, calibration: Calibration, subjects: int, templates: int, *, full: bool
+    ) -> OperatingPoint:
+        """Return the operating point for the model's own one of the same rate and numbers.
+
+        ``full``: the threshold may be below the model's; otherwise it is the stricter of the two.
+        """
+        fmr = rate_of_one(point.fpr, calibration.comparisons(subjects, templates), calibration.spread)
+        rate = rate_of_all(min(fmr, 1 - 1e-12), self.comparisons, calibration.spread)
+        threshold = float(np.interp(-math.log(max(rate, 1e-300)), -self.log_rates, self.thresholds))
+        if threshold < point.threshold and not full:
+            return point
+        supported = rate * self.identities >= _RULE_OF_30
+        return OperatingPoint(
+            point.fpr,
+            threshold,
+            rate < self.extrapolated_below and not supported,
+            basis="gallery" if supported else "both",
+            model_identities=point.model_identities,
+            gallery_identities=self.identities,
+        )
+
+
+class OwnCalibration:
+    """The bounded sample of one gallery, a function of who is enrolled and of nothing else.
+
+    Not safe for several threads at once. :attr:`rates` is replaced, never changed, by :meth:`refresh`.
+    """
+
+    def __init__(self, calibration: Calibration) -> None:
+        self._calibration = calibration
+        self._order: list[tuple[int, int]] = []
+        self._rows: dict[int, list[tuple[int, int]]] = {}
+        self._subject_of: dict[int, int] = {}
+        self._held = _Held()
+        self.rates: OwnRates | None = None
+
+    def add(self, entries: IndexEntries, fetch: Fetch) -> None:
+        """Take templates in; what the sample needs of others, it fetches. Does not :meth:`refresh`."""
+        vectors = dict(zip(entries.row_ids.tolist(), entries.embeddings, strict=True))
+        new: list[tuple[int, int]] = []
+        for row_id, subject in zip(vectors, entries.subject_ids.tolist(), strict=True):
+            if row_id in self._subject_of:
+                self._order = sorted(self._order + new)
+                new = []
+                self._drop(row_id)
+                self._held.remove([row_id])
+            self._subject_of[row_id] = subject
+            if subject not in self._rows:
+                self._rows[subject] = []
+                new.append((_hash(subject), subject))
+            insort(self._rows[subject], (_hash(row_id), row_id))
+        self._order = sorted(self._order + new)
+        self._sync(vectors, fetch)
+
+    def remove(self, row_ids: Iterable[int], fetch: Fetch) -> None:
+        """Take templates out; row ids that are not there are passed over. Does not :meth:`refresh`."""
+        for row_id in row_ids:
+            if row_id in self._subject_of:
+                self._drop(row_id)
+        self._sync({}, fetch)
+
+    def refresh(self) -> None:
+        """Bring :attr:`rates` up to date."""
+        found = self._held.found()
+        self.rates = None if found is None else own_rates(self._calibration, found)
+
+    @property
+    def templates(self) -> int:
+        """How many templates the gallery has, in the sample or not."""
+        return len(self._subject_of)
+
+    def only(self, row_ids: Sequence[int]) -> bool:
+        """Whether the gallery has no other templates."""
+        return self._subject_of.keys() <= set(row_ids)
+
+    def _drop(self, row_id: int) -> None:
+        subject = self._subject_of.pop(row_id)
+        rows = self._rows[subject]
+        del rows[bisect_left(rows, (_hash(row_id), row_id))]
+        if not rows:
+            del self._rows[subject]
+            del self._order[bisect_left(self._order, (_hash(subject), subject))]
+
+    def _sync(self, known: dict[int, NDArray[np.float32]], fetch: Fetch) -> None:
+        wanted = {row for _, subject in self._order[:SUBJECTS] for _, row in self._rows[subject][:TEMPLATES]}
+        self._held.remove([row for row in self._held.slots if row not in wanted])
+        new = sorted(wanted - self._held.slots.keys())
+        missing = [row for row in new if row not in known]
+        if missing:
+            known = known | dict(zip(missing, fetch(missing), strict=True))
+        if new:
+            subjects = np.array([self._subject_of[row] for row in new], np.int64)
+            self._held.add(new, subjects, np.stack([known[row] for row in new]))
+
+
+class OwnCalibrations:
+    """The samples of all galleries; none knows of another.
+
+    One thread at a time may change them, while any number ask for :meth:`combined`.
+    """
+
+    def __init__(self, calibration: Calibration, fetch: Fetch) -> None:
+        """``fetch``: where the vectors come from of people who move up when others are removed."""
+        self._calibration = calibration
+        self._fetch = fetch
+        self._galleries: dict[str, OwnCalibration] = {}
+
+    def load(self, entries: IndexEntries) -> None:
+        """Take templates in at the start; :meth:`loaded` comes after the last."""
+        held = self._galleries.setdefault(entries.gallery, OwnCalibration(self._calibration))
+        held.add(entries, self._fetch)
+
+    def loaded(self) -> None:
+        """Bring everything up to date."""
+        for held in self._galleries.values():
+            held.refresh()
+
+    def add(self, entries: IndexEntries) -> None:
+        """Take templates in."""
+        if len(entries.row_ids):
+            self.load(entries)
+            self._galleries[entries.gallery].refresh()
+
+    def remove(self, gallery: str, row_ids: Sequence[int]) -> None:
+        """Take templates out; row ids that are not there are passed over."""
+        held = self._galleries.get(gallery)
+        if held is None:
+            return
+        if held.templates <= len(row_ids) and held.only(row_ids):
+            del self._galleries[gallery]
+            return
+        held.remove(row_ids, self._fetch)
+        held.refresh()
+
+    def combined(
+        self, point: OperatingPoint, gallery: str, mode: OwnCalibrationMode, subjects: int, templates: int
+    ) -> OperatingPoint:
+        """Return what becomes of the model's operating point for so many subjects and templates in this gallery."""
+        held = self._galleries.get(gallery)
+        rates = None if held is None else held.rates
+        if rates is None:
+            return point
+        return rates.combined(point, self._calibration, subjects, templates, full=mode == "full")
+
+
+@dataclass(frozen=True)
+class Searches:
+    """What the people of a sample found when each searched the others. ``best``: ``float64[M]``, the highest
+    similarity for each template; ``weight``: ``float64[M]``, its share of a person, 0 for who is left out;
+    ``place``, ``of``: ``int64[M]``, the person who searched and the one who was found, as numbers from 0; ``counts``:
+    ``int64[B]``, a histogram of the similarities of two people's templates from −1 to 1."""
+
+    best: NDArray[np.float64]
+    weight: NDArray[np.float64]
+    place: NDArray[np.int64]
+    of: NDArray[np.int64]
+    counts: NDArray[np.int64]
+
+
+class _Held:
+    """Vectors, the best similarity of each to another person's, and the histogram of all of those similarities."""
+
+    def __init__(self) -> None:
+        self.slots: dict[int, int] = {}
+        self._rows = np.empty(0, np.int64)
+        self._subjects = np.empty(0, np.int64)
+        self._vectors = np.empty((0, 0))
+        self._best = np.empty(0)
+        self._best_row = np.empty(0, np.int64)
+        self._counts = np.zeros(_BINS, np.int64)
+        self._stale = False
+
+    def add(self, rows: Sequence[int], subjects: NDArray[np.int64], vectors: NDArray[np.float32]) -> None:
+        exact = np.round(vectors.astype(np.float64) * _FRACTION) / _FRACTION
+        start = len(self._rows)
+        self._rows = np.concatenate([self._rows, np.asarray(rows, np.int64)])
+        self._subjects = np.concatenate([self._subjects, subjects])
+        self._vectors = np.concatenate([self._vectors, exact]) if start else exact
+        self._best = np.concatenate([self._best, np.full(len(rows), -np.inf)])
+        self._best_row = np.concatenate([self._best_row, np.full(len(rows), -1, np.int64)])
+        self.slots |= {row: start + i for i, row in enumerate(rows)}
+        if self._stale or len(rows) > max(32, start // 8):
+            self._stale = True
+            return
+        similar = self._similar(slice(start, None))
+        for new, row in zip(similar, range(start, len(self._rows)), strict=True):
+            # Each pair once: with those who were there, and with the new ones before it.
+            self._counts += _histogram(new[:row])
+        self._raise(similar.max(axis=0), self._first_of(similar.T, slice(start, None)), slice(None))
+        self._raise(similar.max(axis=1), self._first_of(similar, slice(None)), slice(start, None))
+
+    def remove(self, rows: Sequence[int]) -> None:
+        if not rows:
+            return
+        gone = np.array([self.slots[row] for row in rows], np.int64)
+        stay = np.ones(len(self._rows), bool)
+        stay[gone] = False
+        if not self._stale:
+            if len(rows) > max(32, len(self._rows) // 8):
+                self._stale = True
+            else:
+                similar = self._similar(gone)
+                for i, row in enumerate(similar):
+                    self._counts -= _histogram(row[stay])
+                    self._counts -= _histogram(row[gone[:i]])
+        bereft = np.isin(self._best_row, self._rows[gone])[stay]
+        self._rows, self._subjects, self._vectors = self._rows[stay], self._subjects[stay], self._vectors[stay]
+        self._best, self._best_row = self._best[stay], self._best_row[stay]
+        self.slots = {row: i for i, row in enumerate(self._rows.tolist())}
+        if not self._stale and bereft.any():
+            self._search(np.flatnonzero(bereft))
+
+    def found(self) -> Searches | None:
+        if self._stale:
+            self._counts[:] = 0
+            for start in range(0, len(self._rows), _BLOCK):
+                block = slice(start, min(start + _BLOCK, len(self._rows)))
+                similar = self._similar(block)
+                self._best[block] = similar.max(axis=1)
+                self._best_row[block] = self._first_of(similar, slice(None))
+                self._counts += _histogram(similar[:, :start]) + _histogram(
+                    similar[:, block][np.tri(len(similar), k=-1, dtype=bool)]
+                )
+            self._stale = False
+        # In the order of the row ids, whatever the order they came in.
+        order = np.argsort(self._rows)
+        people, place, size = np.unique(self._subjects[order], return_inverse=True, return_counts=True)
+        if len(people) < LEAST_SUBJECTS:
+            return None
+        of = place[np.searchsorted(self._rows[order], self._best_row[order])]
+        weight = 1.0 / size[place]
+        weight[self._one_person(self._vectors[order], place, of, size)] = 0.0
+        return Searches(self._best[order], weight, place, of, self._counts.copy())
+
+    def _one_person(
+        self, vectors: NDArray[np.float64], place: NDArray[np.int64], of: NDArray[np.int64], size: NDArray[np.int64]
+    ) -> NDArray[np.bool_]:
+        """Which templates found somebody who probably is the same person: two subjects whose templates are on average
+        as similar to the other's as each one's own are to one another. It takes two templates of both to tell."""
+        total = np.zeros((len(size), vectors.shape[1]))
+        np.add.at(total, place, vectors)
+        squares = np.bincount(place, (vectors * vectors).sum(axis=1), len(size))
+        own = ((total * total).sum(axis=1) - squares) / np.maximum(size * (size - 1), 1)
+        both = (total[place] * total[of]).sum(axis=1) / (size[place] * size[of])
+        alike = (size[place] > 1) & (size[of] > 1) & (both >= np.maximum(own[place], own[of]))
+        return np.asarray(alike, np.bool_)
+
+    def _search(self, slots: NDArray[np.int64]) -> None:
+        similar = self._similar(slots)
+        self._best[slots] = similar.max(axis=1)
+        self._best_row[slots] = self._first_of(similar, slice(None))
+
+    def _similar(self, slots: slice | NDArray[np.int64]) -> NDArray[np.float64]:
+        """Similarities ``float64[len(slots), N]``, −inf for templates of the same person."""
+        similar = self._vectors[slots] @ self._vectors.T
+        similar[self._subjects[slots, None] == self._subjects] = -np.inf
+        return similar
+
+    def _first_of(self, similar: NDArray[np.float64], columns: slice) -> NDArray[np.int64]:
+        """For each row of ``similar`` the smallest row id among the columns with the highest value."""
+        rows = self._rows[columns]
+        best = similar.max(axis=1, keepdims=True)
+        place = similar.argmax(axis=1)
+        tied = np.flatnonzero((similar == best).sum(axis=1) > 1)
+        found = rows[place]
+        for i in tied:
+            found[i] = rows[similar[i] == best[i]].min()
+        return found
+
+    def _raise(self, best: NDArray[np.float64], row: NDArray[np.int64], slots: slice) -> None:
+        held, held_row = self._best[slots], self._best_row[slots]
+        better = (best > held) | ((best == held) & ((row < held_row) | (held_row < 0)))
+        held[better] = best[better]
+        held_row[better] = row[better]
+
+
+def own_rates(calibration: Calibration, found: Searches) -> OwnRates:
+    """Combine the searches of a gallery's people with the model's calibration.
+
+    The model's impostor similarities are moved and scaled to the gallery's; how many strangers they let expect at
+    each level is then corrected by how many there are.
+    """
+    present = np.unique(found.place[found.weight > 0])
+    identities, sampled = len(present), int(found.place.max()) + 1
+    comparisons = calibration.comparisons(sampled - 1, round(len(found.best) * (sampled - 1) / sampled))
+    spread = calibration.spread
+    fmr = [rate_of_one(float(level), comparisons, spread) for level in _LEVELS]
+    modelled = [calibration.at_fmr(min(max(rate, 1e-300), 1 - 1e-12)) for rate in fmr]
+    thresholds = _moved(calibration, np.array([threshold for threshold, _ in modelled]), found.counts, sampled)
+    exceeding = _exceeding(found, thresholds)
+    rates = np.minimum.accumulate(_ratios(exceeding, identities * _LEVELS) * _LEVELS)
+    extrapolated = [level for level, (_, beyond) in zip(_LEVELS, modelled, strict=True) if beyond]
+    return OwnRates(
+        identities,
+        comparisons,
+        np.maximum.accumulate(thresholds),
+        np.log(np.minimum(rates, 1.0)),
+        float(max(extrapolated, default=0.0)),
+    )
+
+
+def _moved(
+    calibration: Calibration, thresholds: NDArray[np.float64], counts: NDArray[np.int64], subjects: int
+) -> NDArray[np.float64]:
+    common, rare = (_quantile(counts, 1 - fmr) for fmr in _LOCATED_AT)
+    (model_common, _), (model_rare, _) = (calibration.at_fmr(fmr) for fmr in _LOCATED_AT)
+    unit = max(model_rare - model_common, 1e-6)
+    root = math.sqrt(subjects)
+    moved = _certain(common - model_common, _LOCATION_ERROR * unit / root)
+    scale = math.exp(_certain(math.log(max((rare - common) / unit, 1e-3)), _SCALE_ERROR / root))
+    return np.clip(model_common + moved + scale * (thresholds - model_common), -1.0, 1.0)
+
+
+def _certain(difference: float, error: float) -> float:
+    """What remains of a measured difference that is drawn to 0 as far as its error explains it (James and Stein 1961,
+    positive part)."""
+    return difference * max(0.0, 1 - (error / difference) ** 2) if difference else 0.0
+
+
+def _exceeding(found: Searches, thresholds: NDArray[np.float64]) -> NDArray[np.float64]:
+    """How many people found somebody at each threshold, nobody being found by more than :data:`INFLUENCE`."""
+    order = np.lexsort((-found.best, found.of))
+    weight, of, best = found.weight[order], found.of[order], found.best[order]
+    total = np.cumsum(weight)
+    starts = np.flatnonzero(np.diff(of, prepend=-1))
+    before = np.repeat((total - weight)[starts], np.diff(starts, append=len(of)))
+    capped = np.minimum(total - before, INFLUENCE)
+    counted = capped - np.where(np.diff(of, prepend=-1) != 0, 0.0, np.roll(capped, 1))
+    rising = np.argsort(best, kind="stable")
+    above = np.cumsum(counted[rising][::-1])[::-1]
+    place = np.searchsorted(best[rising], thresholds)
+    return np.concatenate([above, [0.0]])[place]
+
+
+def _ratios(exceeding: NDArray[np.float64], expected: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The ratio of found to expected at each level, the levels from frequent to rare.
+
+    Poisson counts with a gamma prior (Gelman et al., Bayesian Data Analysis, 2.6), whose mean is the ratio of the
+    level before and whose weight is :data:`_PRIOR` expected strangers. Where no counts are left, the last ratio that
+    they supported goes on; where there never were any, it is 1.
+    """
+    ratios = np.empty(len(expected))
+    ratio = 1.0
+    for i, (count, mean) in enumerate(zip(exceeding, expected, strict=True)):
+        ratio = (_PRIOR * ratio + count) / (_PRIOR + mean)
+        ratios[i] = ratio * (1 + _SAFE / math.sqrt(_PRIOR + count))
+    return ratios
+
+
+def _quantile(counts: NDArray[np.int64], share: float) -> float:
+    total = np.concatenate([[0], np.cumsum(counts)])
+    target = share * total[-1]
+    place = min(int(np.searchsorted(total, target, side="left")), len(counts))
+    place = max(place, 1)
+    inside = (target - total[place - 1]) / max(int(counts[place - 1]), 1)
+    return float((place - 1 + inside) * 2 / _BINS - 1)
+
+
+def _histogram(similar: NDArray[np.float64]) -> NDArray[np.int64]:
+    finite = similar[similar > -np.inf]
+    bins = np.clip(((finite + 1) * (_BINS / 2)).astype(np.int64), 0, _BINS - 1)
+    return np.asarray(np.bincount(bins, minlength=_BINS), np.int64)
+
+
+def _hash(number: int) -> int:
+    """Spread numbers over 64 bits (splitmix64, Steele et al. 2014), so that nobody is chosen by when they enrolled."""
+    mask = 0xFFFFFFFFFFFFFFFF
+    number = (number + 0x9E3779B97F4A7C15) & mask
+    number = ((number ^ (number >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    number = ((number ^ (number >> 27)) * 0x94D049BB133111EB) & mask
+    return number ^ (number >> 31)
