@@ -39,17 +39,24 @@ _BINS = 8192
 _LOCATED_AT = (0.1, 0.01)
 """FMR at which the domain's impostor similarities are compared with the model's, for location and scale."""
 
-_LOCATION_ERROR, _SCALE_ERROR = 0.8, 0.6
-"""Standard errors of location (in model's distances between those two) and of the logarithm of scale, for one person;
-they fall with the root of the number of people. From the intervals of the bundled calibration."""
+_LOCATION_ERROR, _SCALE_ERROR = 1.6, 1.2
+"""Two standard errors of location (in the model's distances between those two) and of the logarithm of scale, of one
+person; they fall with the root of the number of people. From the intervals of the bundled calibration."""
 
-_PRIOR = 6.0
-"""Strangers, mistaken, that the level before counts for in the ratio of a level; see :func:`_ratios`."""
+_PRIOR_LEAST, _PRIOR_MOST = 2.0, 50.0
+"""Strangers, mistaken, that the model's calibration counts for; see :func:`_prior`."""
 
-_SAFE = 0.0
+_BACK = 4
+"""Levels from one to the one that is four times as frequent, whose ratio it inherits; see :func:`_ratios`."""
+
+_SAFE = 0.5
+"""Standard errors that are added to each ratio: the asked rate is an upper limit."""
+
 _LEVELS = np.concatenate([[0.9, 0.7], 0.5 * 2.0 ** -np.arange(0, 30, 0.5)])
 _RULE_OF_30 = 30
 _BLOCK = 256
+_FEW = 64
+"""Changes from which on it is quicker to sort or to compare everything anew."""
 
 Fetch = Callable[[Sequence[int]], NDArray[np.float32]]
 """Return the embeddings ``float32[N, D]`` of these row ids, in their order."""
@@ -108,33 +115,34 @@ class OwnCalibration:
 
     def add(self, entries: IndexEntries, fetch: Fetch) -> None:
         """Take templates in; what the sample needs of others, it fetches. Does not :meth:`refresh`."""
-        vectors = dict(zip(entries.row_ids.tolist(), entries.embeddings, strict=True))
+        rows, subjects = entries.row_ids.tolist(), entries.subject_ids.tolist()
+        self._leave([row for row in rows if row in self._subject_of])
         new: list[tuple[int, int]] = []
-        for row_id, subject in zip(vectors, entries.subject_ids.tolist(), strict=True):
-            if row_id in self._subject_of:
-                self._order = sorted(self._order + new)
-                new = []
-                self._drop(row_id)
-                self._held.remove([row_id])
-            self._subject_of[row_id] = subject
-            if subject not in self._rows:
-                self._rows[subject] = []
-                new.append((_hash(subject), subject))
-            insort(self._rows[subject], (_hash(row_id), row_id))
-        self._order = sorted(self._order + new)
-        self._sync(vectors, fetch)
+        hashes = zip(_hash(entries.row_ids).tolist(), _hash(entries.subject_ids).tolist(), strict=True)
+        for row, subject, (row_hash, subject_hash) in zip(rows, subjects, hashes, strict=True):
+            self._subject_of[row] = subject
+            if subject in self._rows:
+                insort(self._rows[subject], (row_hash, row))
+            else:
+                self._rows[subject] = [(row_hash, row)]
+                new.append((subject_hash, subject))
+        if len(new) > _FEW:
+            self._order = sorted(self._order + new)
+        else:
+            for place in new:
+                insort(self._order, place)
+        self._sync(dict(zip(rows, entries.embeddings, strict=True)), fetch)
 
     def remove(self, row_ids: Iterable[int], fetch: Fetch) -> None:
         """Take templates out; row ids that are not there are passed over. Does not :meth:`refresh`."""
-        for row_id in row_ids:
-            if row_id in self._subject_of:
-                self._drop(row_id)
+        self._leave([row for row in row_ids if row in self._subject_of])
         self._sync({}, fetch)
 
     def refresh(self) -> None:
         """Bring :attr:`rates` up to date."""
-        found = self._held.found()
-        self.rates = None if found is None else own_rates(self._calibration, found)
+        if self._held.changed:
+            found = self._held.found()
+            self.rates = None if found is None else own_rates(self._calibration, found)
 
     @property
     def templates(self) -> int:
@@ -145,13 +153,17 @@ class OwnCalibration:
         """Whether the gallery has no other templates."""
         return self._subject_of.keys() <= set(row_ids)
 
-    def _drop(self, row_id: int) -> None:
-        subject = self._subject_of.pop(row_id)
-        rows = self._rows[subject]
-        del rows[bisect_left(rows, (_hash(row_id), row_id))]
-        if not rows:
-            del self._rows[subject]
-            del self._order[bisect_left(self._order, (_hash(subject), subject))]
+    def _leave(self, row_ids: Sequence[int]) -> None:
+        self._held.remove([row for row in row_ids if row in self._held.slots])
+        hashes = _hash(np.array(row_ids, np.int64)).tolist()
+        for row, row_hash in zip(row_ids, hashes, strict=True):
+            subject = self._subject_of.pop(row)
+            rows = self._rows[subject]
+            del rows[bisect_left(rows, (row_hash, row))]
+            if not rows:
+                del self._rows[subject]
+                (subject_hash,) = _hash(np.array([subject], np.int64)).tolist()
+                del self._order[bisect_left(self._order, (subject_hash, subject))]
 
     def _sync(self, known: dict[int, NDArray[np.float32]], fetch: Fetch) -> None:
         wanted = {row for _, subject in self._order[:SUBJECTS] for _, row in self._rows[subject][:TEMPLATES]}
@@ -233,6 +245,7 @@ class _Held:
     """Vectors, the best similarity of each to another person's, and the histogram of all of those similarities."""
 
     def __init__(self) -> None:
+        # Where each template is; and whether anything came or went since the last ``found``.
         self.slots: dict[int, int] = {}
         self._rows = np.empty(0, np.int64)
         self._subjects = np.empty(0, np.int64)
@@ -241,8 +254,10 @@ class _Held:
         self._best_row = np.empty(0, np.int64)
         self._counts = np.zeros(_BINS, np.int64)
         self._stale = False
+        self.changed = False
 
     def add(self, rows: Sequence[int], subjects: NDArray[np.int64], vectors: NDArray[np.float32]) -> None:
+        self.changed = True
         exact = np.round(vectors.astype(np.float64) * _FRACTION) / _FRACTION
         start = len(self._rows)
         self._rows = np.concatenate([self._rows, np.asarray(rows, np.int64)])
@@ -251,7 +266,7 @@ class _Held:
         self._best = np.concatenate([self._best, np.full(len(rows), -np.inf)])
         self._best_row = np.concatenate([self._best_row, np.full(len(rows), -1, np.int64)])
         self.slots |= {row: start + i for i, row in enumerate(rows)}
-        if self._stale or len(rows) > max(32, start // 8):
+        if self._stale or len(rows) > max(_FEW, start // 8):
             self._stale = True
             return
         similar = self._similar(slice(start, None))
@@ -264,11 +279,12 @@ class _Held:
     def remove(self, rows: Sequence[int]) -> None:
         if not rows:
             return
+        self.changed = True
         gone = np.array([self.slots[row] for row in rows], np.int64)
         stay = np.ones(len(self._rows), bool)
         stay[gone] = False
         if not self._stale:
-            if len(rows) > max(32, len(self._rows) // 8):
+            if len(rows) > max(_FEW, len(self._rows) // 8):
                 self._stale = True
             else:
                 similar = self._similar(gone)
@@ -294,6 +310,7 @@ class _Held:
                     similar[:, block][np.tri(len(similar), k=-1, dtype=bool)]
                 )
             self._stale = False
+        self.changed = False
         # In the order of the row ids, whatever the order they came in.
         order = np.argsort(self._rows)
         people, place, size = np.unique(self._subjects[order], return_inverse=True, return_counts=True)
@@ -337,7 +354,7 @@ class _Held:
         found = rows[place]
         for i in tied:
             found[i] = rows[similar[i] == best[i]].min()
-        return found
+        return np.asarray(found, np.int64)
 
     def _raise(self, best: NDArray[np.float64], row: NDArray[np.int64], slots: slice) -> None:
         held, held_row = self._best[slots], self._best_row[slots]
@@ -359,8 +376,9 @@ def own_rates(calibration: Calibration, found: Searches) -> OwnRates:
     fmr = [rate_of_one(float(level), comparisons, spread) for level in _LEVELS]
     modelled = [calibration.at_fmr(min(max(rate, 1e-300), 1 - 1e-12)) for rate in fmr]
     thresholds = _moved(calibration, np.array([threshold for threshold, _ in modelled]), found.counts, sampled)
-    exceeding = _exceeding(found, thresholds)
-    rates = np.minimum.accumulate(_ratios(exceeding, identities * _LEVELS) * _LEVELS)
+    prior = _prior(calibration, np.array(fmr), np.array([threshold for threshold, _ in modelled]))
+    ratios = _ratios(_exceeding(found, thresholds), identities * _LEVELS, prior)
+    rates = np.minimum.accumulate(ratios * _LEVELS)
     extrapolated = [level for level, (_, beyond) in zip(_LEVELS, modelled, strict=True) if beyond]
     return OwnRates(
         identities,
@@ -404,19 +422,30 @@ def _exceeding(found: Searches, thresholds: NDArray[np.float64]) -> NDArray[np.f
     return np.concatenate([above, [0.0]])[place]
 
 
-def _ratios(exceeding: NDArray[np.float64], expected: NDArray[np.float64]) -> NDArray[np.float64]:
+def _prior(calibration: Calibration, fmr: NDArray[np.float64], thresholds: NDArray[np.float64]) -> NDArray[np.float64]:
+    """As how many mistaken strangers the calibration counts at each level: the inverse of the squared standard error
+    of the logarithm of its rate, which is that of the threshold times the slope there."""
+    safe = np.array([calibration.at_fmr(min(max(rate, 1e-300), 1 - 1e-12), safe=True)[0] for rate in fmr])
+    slope = np.gradient(np.log(np.maximum(fmr, 1e-300)), np.arange(len(fmr)))
+    slope /= np.minimum(-np.gradient(thresholds), -1e-9)
+    error = (safe - thresholds) * slope
+    return np.clip(1 / np.maximum(error, 1e-3) ** 2, _PRIOR_LEAST, _PRIOR_MOST)
+
+
+def _ratios(
+    exceeding: NDArray[np.float64], expected: NDArray[np.float64], prior: NDArray[np.float64]
+) -> NDArray[np.float64]:
     """The ratio of found to expected at each level, the levels from frequent to rare.
 
     Poisson counts with a gamma prior (Gelman et al., Bayesian Data Analysis, 2.6), whose mean is the ratio of the
-    level before and whose weight is :data:`_PRIOR` expected strangers. Where no counts are left, the last ratio that
-    they supported goes on; where there never were any, it is 1.
+    level four times as frequent. Where no counts are left, the ratios that they supported go on; where there never
+    were any, it is 1.
     """
-    ratios = np.empty(len(expected))
-    ratio = 1.0
-    for i, (count, mean) in enumerate(zip(exceeding, expected, strict=True)):
-        ratio = (_PRIOR * ratio + count) / (_PRIOR + mean)
-        ratios[i] = ratio * (1 + _SAFE / math.sqrt(_PRIOR + count))
-    return ratios
+    ratios = np.ones(len(expected))
+    for i in range(len(expected)):
+        before = ratios[i - _BACK] if i >= _BACK else 1.0
+        ratios[i] = (prior[i] * before + exceeding[i]) / (prior[i] + expected[i])
+    return ratios * (1 + _SAFE / np.sqrt(prior + exceeding))
 
 
 def _quantile(counts: NDArray[np.int64], share: float) -> float:
@@ -434,10 +463,9 @@ def _histogram(similar: NDArray[np.float64]) -> NDArray[np.int64]:
     return np.asarray(np.bincount(bins, minlength=_BINS), np.int64)
 
 
-def _hash(number: int) -> int:
+def _hash(numbers: NDArray[np.int64]) -> NDArray[np.uint64]:
     """Spread numbers over 64 bits (splitmix64, Steele et al. 2014), so that nobody is chosen by when they enrolled."""
-    mask = 0xFFFFFFFFFFFFFFFF
-    number = (number + 0x9E3779B97F4A7C15) & mask
-    number = ((number ^ (number >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    number = ((number ^ (number >> 27)) * 0x94D049BB133111EB) & mask
-    return number ^ (number >> 31)
+    mixed = numbers.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(mixed ^ (mixed >> np.uint64(31)), np.uint64)

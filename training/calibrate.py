@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from service.calibration import Calibration, fit_probability
+from service.domain import Crop
 from service.vision.embedder import Embedder
-from training.data import DataError, Layout, Role
+from training.data import DataError, Layout, Photo, Role
 from training.impostors import Sample, effective_templates, fmr_curve, spread_of_strangers
 from training.metrics import Pairs, all_pairs
 from training.prepare import Alignment, Prepared, load_prepared
@@ -103,13 +104,24 @@ def calibrate(
 
 
 def embed(
-    embedder: Embedder, prepared: Prepared, indices: NDArray[np.intp], *, progress: bool = True
+    embedder: Embedder,
+    prepared: Prepared,
+    indices: NDArray[np.intp],
+    *,
+    look: Callable[[Crop, Photo], Crop] | None = None,
+    progress: bool = True,
 ) -> NDArray[np.float32]:
-    """Embeddings ``float32[N, D]``, L2-normalised, of the crops with these indices, in their order."""
+    """Embeddings ``float32[N, D]``, L2-normalised, of the crops with these indices, in their order.
+
+    ``look``: what is done to each crop first.
+    """
     embeddings = np.empty((len(indices), embedder.dimension), dtype=np.float32)
     for start in tqdm(range(0, len(indices), _BATCH), unit="batch", disable=not progress):
         batch = indices[start : start + _BATCH]
-        embeddings[start : start + len(batch)] = embedder.embed(np.asarray(prepared.crops[batch]))
+        crops = np.asarray(prepared.crops[batch])
+        if look is not None:
+            crops = np.stack([look(crop, prepared.rows[i].photo) for crop, i in zip(crops, batch, strict=True)])
+        embeddings[start : start + len(batch)] = embedder.embed(crops)
     return embeddings
 
 

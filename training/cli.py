@@ -28,6 +28,7 @@ from training.identification import identification as count_identification
 from training.metrics import RESAMPLES
 from training.open_set import REPEATS, write_trial
 from training.open_set import draw as draw_trial
+from training.open_set import name_of as trial_name
 from training.open_set import open_set as open_set_trial
 from training.open_set import table as trial_table
 from training.prepare import Alignment, Counts, Target
@@ -207,17 +208,22 @@ def open_set(
     document: Annotated[
         Path | None, typer.Option(help="Markdown file whose table is written anew; see docs/training.md.")
     ] = None,
+    degrade: Annotated[
+        bool, typer.Option("--degrade", help="Give every photo the look of a cheap camera first; see docs/accuracy.md.")
+    ] = False,
     repeats: Annotated[int, typer.Option(min=1, help="Random choices of the photos that are enrolled.")] = REPEATS,
     threads: Threads = None,
 ) -> None:
     """False-positive and false-negative identification rates at asked rates, as the gallery grows."""
     with _explained():
-        trial = open_set_trial(model, crops, role, fillers=fillers, repeats=repeats, threads=threads or _cores())
+        trial = open_set_trial(
+            model, crops, role, fillers=fillers, degrade=degrade, repeats=repeats, threads=threads or _cores()
+        )
         if out is not None:
             write_trial(trial, out)
-            draw_trial(trial, out / f"{role}.open-set.png")
+            draw_trial(trial, out / f"{trial_name(trial)}.open-set.png")
         if document is not None:
-            update_document(document, f"{role}.open-set", trial_table(trial))
+            update_document(document, f"{trial_name(trial)}.open-set", trial_table(trial))
     typer.echo(trial_table(trial))
 
 

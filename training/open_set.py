@@ -17,9 +17,12 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from service.calibration import Calibration
+from service.domain import Crop, IndexEntries
+from service.own_calibration import OwnCalibrations
 from service.vision.embedder import Embedder
 from training.calibrate import CALIBRATION, embed, require_crops_of
-from training.data import DataError, Role
+from training.data import DataError, Photo, Role
+from training.degrade import cheap_camera
 from training.evaluate import EvaluationSet
 from training.metrics import LEVEL, numbered
 from training.prepare import load_prepared
@@ -38,9 +41,11 @@ _FILLERS = {EvaluationSet.CELEBA_IR: (Role.VALIDATION, Role.CLASS), EvaluationSe
 
 
 class Outcome(BaseModel):
-    """One line of the trial, rates as means over the repeats. ``low``, ``high``: 95 % interval of ``fpir``, enrolled
-    people and strangers drawn anew. ``oracle_fnir``: FNIR at the threshold with exactly the asked FPIR in that
-    repeat. ``fixed_fpir``: FPIR at the threshold that is right for the gallery without fillers."""
+    """One line of the trial, rates as means over the repeats. ``threshold`` to ``fnir`` are the service's, of the
+    model's calibration and the gallery's own people; ``model_fpir`` and ``model_fnir`` are at the threshold of the
+    model's calibration alone. ``low``, ``high``: 95 % interval of ``fpir``, enrolled people and strangers drawn anew.
+    ``oracle_fnir``: FNIR at the threshold with exactly the asked FPIR in that repeat. ``fixed_fpir``: FPIR at the
+    threshold that is the service's for the gallery without fillers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -54,6 +59,8 @@ class Outcome(BaseModel):
     high: float
     fnir: float
     oracle_fnir: float
+    model_fpir: float
+    model_fnir: float
     fixed_fpir: float
 
     @property
@@ -70,6 +77,7 @@ class Trial(BaseModel):
     model_id: str
     model_sha256: str
     on: EvaluationSet
+    degraded: bool = False
     repeats: int
     enrolled: int
     strangers: int
@@ -98,6 +106,8 @@ class _Line:
     fpir: float
     fnir: float
     oracle_fnir: float
+    model_fpir: float
+    model_fnir: float
     fixed_fpir: float
     draws: NDArray[np.float64]
 
@@ -119,6 +129,7 @@ def open_set(
     on: EvaluationSet = EvaluationSet.CELEBA_IR,
     *,
     fillers: Path | None = None,
+    degrade: bool = False,
     repeats: int = REPEATS,
     threads: int = 1,
     progress: bool = True,
@@ -127,8 +138,9 @@ def open_set(
 
     ``crops``: folders that :func:`training.prepare.prepare` has filled; each role is taken from the first that
     holds it. ``fillers``: such a folder, cut like the queries, with the people who fill the gallery; without it
-    no filling up is done. On ``validation``, the strangers are the people of role ``further``, and a network that was
-    trained on them is flattered.
+    no filling up is done. ``degrade``: give every crop the look of a cheap camera first, see
+    :func:`training.degrade.cheap_camera`. On ``validation``, the strangers are the people of role ``further``, and a
+    network that was trained on them is flattered.
 
     Raises :class:`~training.data.DataError` if people are missing or crops are not this embedder's, and
     :class:`~service.errors.FprUnsupported` if the calibration cannot support the rates.
@@ -137,7 +149,7 @@ def open_set(
     calibration = Calibration.load(model / CALIBRATION)
     if calibration.model_sha256 != embedder.manifest.sha256:
         raise DataError(f"{model / CALIBRATION} was made for other weights; run `vultus-train calibrate` again")
-    load = _Loader(embedder, progress)
+    load = _Loader(embedder, degrade, progress)
     enrolled = load(crops, _ENROLLED[on], None)
     # Trial and error on validation needs no more photos of each stranger than celebA_ir has.
     strangers = load(crops, _STRANGERS[on], None if on is EvaluationSet.CELEBA_IR else max(TEMPLATES))
@@ -146,6 +158,7 @@ def open_set(
         model_id=embedder.model_id,
         model_sha256=embedder.manifest.sha256,
         on=on,
+        degraded=degrade,
         repeats=repeats,
         enrolled=int(enrolled.people.max()) + 1,
         strangers=int(strangers.people.max()) + 1,
@@ -186,6 +199,8 @@ def run(
                     high=round(float(high), _ROUNDED),
                     fnir=_mean([row.fnir for row in rows]),
                     oracle_fnir=_mean([row.oracle_fnir for row in rows]),
+                    model_fpir=_mean([row.model_fpir for row in rows]),
+                    model_fnir=_mean([row.model_fnir for row in rows]),
                     fixed_fpir=_mean([row.fixed_fpir for row in rows]),
                 )
             )
@@ -218,7 +233,12 @@ def _one_repeat(
     count = np.array([len(photos) for photos in gallery])
     ends = np.cumsum(count)
     templates = np.concatenate(gallery)
+    first: dict[float, float] = {}
+    subject_of = np.repeat(np.arange(len(gallery), dtype=np.int64), count)
     for size in sizes:
+        everybody = np.arange(ends[size - 1], dtype=np.int64)
+        own_people = OwnCalibrations(calibration, lambda rows: templates[np.asarray(rows)])
+        own_people.add(IndexEntries("", everybody, subject_of[everybody], templates[everybody]))
         # The strangers who fill the gallery are never probes.
         probing = np.ones(len(strangers.people), bool) if size == sizes[0] else ~np.isin(strangers.people, half)
         probes = np.concatenate([enrolled.embeddings[rest], strangers.embeddings[probing]])
@@ -232,8 +252,9 @@ def _one_repeat(
         )
         draws = _draws(scores[len(rest) :], answers, ends[:size], len(rest), generator)
         for fpr in FPRS:
-            point = calibration.identification_point(fpr, size, int(ends[size - 1]))
-            fixed = calibration.identification_point(fpr, sizes[0], int(ends[sizes[0] - 1])).threshold
+            model = calibration.identification_point(fpr, size, int(ends[size - 1]))
+            point = own_people.combined(model, "", "stricter", size, int(ends[size - 1]))
+            fixed = first.setdefault(fpr, point.threshold)
             strange = answers.best[len(rest) :]
             oracle = float(np.quantile(strange.astype(np.float64), 1 - fpr))
             lines.setdefault((size, fpr), []).append(
@@ -243,6 +264,8 @@ def _one_repeat(
                     float(np.mean(strange >= point.threshold)),
                     _missed(answers, point.threshold),
                     _missed(answers, oracle),
+                    float(np.mean(strange >= model.threshold)),
+                    _missed(answers, model.threshold),
                     float(np.mean(strange >= fixed)),
                     np.array([np.average(top >= point.threshold, weights=weight) for top, weight in draws]),
                 )
@@ -283,8 +306,8 @@ def _mean(values: Sequence[float]) -> float:
 class _Loader:
     """Embeds the people of a role from the first folder that holds them."""
 
-    def __init__(self, embedder: Embedder, progress: bool) -> None:
-        self._embedder, self._progress = embedder, progress
+    def __init__(self, embedder: Embedder, degrade: bool, progress: bool) -> None:
+        self._embedder, self._degrade, self._progress = embedder, degrade, progress
 
     def __call__(self, folders: Sequence[Path], role: Role, most: int | None) -> People:
         """``most``: photos for each person, drawn with a fixed seed; None for all."""
@@ -299,16 +322,26 @@ class _Loader:
                 order = np.random.default_rng(0).permutation(len(chosen))
                 taken = np.concatenate([order[people[order] == one][:most] for one in range(people.max() + 1)])
                 chosen, people = chosen[np.sort(taken)], people[np.sort(taken)]
-            return People(embed(self._embedder, prepared, chosen, progress=self._progress), people)
+            look = self._cheap if self._degrade else None
+            return People(embed(self._embedder, prepared, chosen, look=look, progress=self._progress), people)
         raise DataError(f"{', '.join(map(str, folders))}: there is nobody of the role {role}")
+
+    def _cheap(self, crop: Crop, photo: Photo) -> Crop:
+        left, right = self._embedder.manifest.template.points[:2]
+        return cheap_camera(crop, float(right[0] - left[0]), photo.file)
+
+
+def name_of(trial: Trial) -> str:
+    """The set's name, with ``-degraded`` where every photo was given the look of a cheap camera."""
+    return f"{trial.on}-degraded" if trial.degraded else str(trial.on)
 
 
 def table(trial: Trial) -> str:
     """The Markdown table: one row for each gallery and asked rate, in percent."""
     lines = [
         "| subjects | photos each | asked FPIR | measured FPIR | ratio | kept | FNIR | FNIR, oracle "
-        "| FPIR, fixed threshold |",
-        "| ---: | ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: |",
+        "| FPIR, model only | ratio | FNIR, model only | FPIR, fixed threshold |",
+        "| ---: | ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for one in trial.outcomes:
         mark = "*" if one.extrapolated else ""
@@ -321,13 +354,16 @@ def table(trial: Trial) -> str:
             "yes" if one.kept else "no",
             f"{one.fnir:.1%}",
             f"{one.oracle_fnir:.1%}",
+            f"{one.model_fpir:.2%}",
+            f"{one.model_fpir / one.fpr:.2f}",
+            f"{one.model_fnir:.1%}",
             f"{one.fixed_fpir:.2%}",
         ]
         lines.append(f"| {' | '.join(cells)} |".replace("%", " %"))
     kept = sum(one.kept for one in trial.outcomes)
     lines += [
         "",
-        f"{trial.model_id} on {trial.on}: {trial.enrolled} people enrolled, {trial.probes:,} photos of "
+        f"{trial.model_id} on {name_of(trial)}: {trial.enrolled} people enrolled, {trial.probes:,} photos of "
         f"{trial.strangers} strangers, {trial.repeats} repeats; in brackets the 95 % interval over people; "
         f"* extrapolated. The promise is kept in {kept} of {len(trial.outcomes)} rows.",
     ]
@@ -337,13 +373,14 @@ def table(trial: Trial) -> str:
 def write_trial(trial: Trial, folder: Path) -> Path:
     """Write ``folder/<model_id>.<set>.open-set.json`` and return its path."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{trial.model_id}.{trial.on}.open-set.json"
+    path = folder / f"{trial.model_id}.{name_of(trial)}.open-set.json"
     path.write_text(trial.model_dump_json(indent=2) + "\n", encoding="utf-8", newline="\n")
     return path
 
 
 def draw(trial: Trial, path: Path) -> None:
-    """Draw measured FPIR over subjects as a PNG, of the service's threshold and of a fixed one, a panel for each k."""
+    """Draw measured FPIR over subjects as a PNG, a panel for each k: at the service's threshold, at the one of
+    the model's calibration alone, and at a fixed one."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -360,6 +397,7 @@ def draw(trial: Trial, path: Path) -> None:
             measured = [one.fpir for one in rows]
             name = f"asked {fpr:g}"
             axes.errorbar(subjects, measured, yerr=errors, fmt="o-", ms=4, capsize=3, color=colour, label=name)
+            axes.plot(subjects, [one.model_fpir for one in rows], "s:", ms=3, color=colour, alpha=0.8)
             axes.plot(subjects, [one.fixed_fpir for one in rows], "x--", color=colour, alpha=0.6)
         axes.set_xscale("log")
         axes.set_yscale("log")
@@ -368,7 +406,11 @@ def draw(trial: Trial, path: Path) -> None:
         axes.grid(visible=True, which="major", alpha=0.4)
     panels[0].set_ylabel("measured FPIR")
     panels[0].legend(loc="best", fontsize=8)
-    figure.suptitle(f"{trial.model_id}, {trial.on}: a threshold for each gallery (lines), a fixed one (dashed)")
+    figure.suptitle(
+        f"{trial.model_id}, {name_of(trial)}: with the gallery's own people (lines), model only (dotted), "
+        "fixed threshold (dashed)",
+        fontsize=11,
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=110, metadata={"Software": None})
