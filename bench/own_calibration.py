@@ -17,6 +17,7 @@ from service.own_calibration import OwnCalibrations
 from service.settings import BUNDLED_MODELS
 
 SUBJECTS, EACH, STARTING, DIMENSION, CHANGES, LOOK_UPS = 100_000, 3, 50_000, 128, 200, 2000
+SAMPLED = 950
 BATCH = 4096
 
 
@@ -61,6 +62,15 @@ def main() -> None:
         timed["deletion"].append(time.perf_counter() - begin)
     for name, times in timed.items():
         print(f"{name}: median {1e3 * statistics.median(times):.1f} ms, longest {1e3 * max(times):.1f} ms")
+    sample = started(3 * SAMPLED)[0]
+    times = []
+    for change in range(CHANGES):
+        batch = entries(np.arange(EACH, dtype=np.int64) + EACH * (SAMPLED + change))
+        begin = time.perf_counter()
+        sample.add(batch)
+        times.append(time.perf_counter() - begin)
+        sample.remove("g", batch.row_ids.tolist())
+    print(f"enrolment that changes the sample: median {1e3 * statistics.median(times):.1f} ms")
     point = calibration.identification_point(0.01, SUBJECTS, EACH * SUBJECTS)
     begin = time.perf_counter()
     for _ in range(LOOK_UPS):

@@ -110,6 +110,8 @@ class OwnCalibration:
         self._order: list[tuple[int, int]] = []
         self._rows: dict[int, list[tuple[int, int]]] = {}
         self._subject_of: dict[int, int] = {}
+        # The subjects of the sample, each with its templates in it.
+        self._taken: dict[int, list[int]] = {}
         self._held = _Held()
         self.rates: OwnRates | None = None
 
@@ -131,12 +133,14 @@ class OwnCalibration:
         else:
             for place in new:
                 insort(self._order, place)
-        self._sync(dict(zip(rows, entries.embeddings, strict=True)), fetch)
+        self._sync(subjects, dict(zip(rows, entries.embeddings, strict=True)), fetch)
 
     def remove(self, row_ids: Iterable[int], fetch: Fetch) -> None:
         """Take templates out; row ids that are not there are passed over. Does not :meth:`refresh`."""
-        self._leave([row for row in row_ids if row in self._subject_of])
-        self._sync({}, fetch)
+        present = [row for row in row_ids if row in self._subject_of]
+        touched = [self._subject_of[row] for row in present]
+        self._leave(present)
+        self._sync(touched, {}, fetch)
 
     def refresh(self) -> None:
         """Bring :attr:`rates` up to date."""
@@ -165,10 +169,15 @@ class OwnCalibration:
                 (subject_hash,) = _hash(np.array([subject], np.int64)).tolist()
                 del self._order[bisect_left(self._order, (subject_hash, subject))]
 
-    def _sync(self, known: dict[int, NDArray[np.float32]], fetch: Fetch) -> None:
-        wanted = {row for _, subject in self._order[:SUBJECTS] for _, row in self._rows[subject][:TEMPLATES]}
-        self._held.remove([row for row in self._held.slots if row not in wanted])
-        new = sorted(wanted - self._held.slots.keys())
+    def _sync(self, touched: Iterable[int], known: dict[int, NDArray[np.float32]], fetch: Fetch) -> None:
+        sampled = {subject for _, subject in self._order[:SUBJECTS]}
+        changed = (sampled ^ self._taken.keys()) | (sampled & set(touched))
+        wanted = {subject: [row for _, row in self._rows[subject][:TEMPLATES]] for subject in changed & sampled}
+        rows = [row for held in wanted.values() for row in held]
+        before = {row for subject in changed for row in self._taken.pop(subject, ())}
+        self._taken |= wanted
+        self._held.remove([row for row in before.difference(rows) if row in self._held.slots])
+        new = sorted(row for row in rows if row not in self._held.slots)
         missing = [row for row in new if row not in known]
         if missing:
             known = known | dict(zip(missing, fetch(missing), strict=True))
@@ -318,21 +327,25 @@ class _Held:
             return None
         of = place[np.searchsorted(self._rows[order], self._best_row[order])]
         weight = 1.0 / size[place]
-        weight[self._one_person(self._vectors[order], place, of, size)] = 0.0
+        weight[np.isin(place, self._one_person(order, place, of, size))] = 0.0
         return Searches(self._best[order], weight, place, of, self._counts.copy())
 
     def _one_person(
-        self, vectors: NDArray[np.float64], place: NDArray[np.int64], of: NDArray[np.int64], size: NDArray[np.int64]
-    ) -> NDArray[np.bool_]:
-        """Which templates found somebody who probably is the same person: two subjects whose templates are on average
-        as similar to the other's as each one's own are to one another. It takes two templates of both to tell."""
-        total = np.zeros((len(size), vectors.shape[1]))
-        np.add.at(total, place, vectors)
-        squares = np.bincount(place, (vectors * vectors).sum(axis=1), len(size))
-        own = ((total * total).sum(axis=1) - squares) / np.maximum(size * (size - 1), 1)
-        both = (total[place] * total[of]).sum(axis=1) / (size[place] * size[of])
-        alike = (size[place] > 1) & (size[of] > 1) & (both >= np.maximum(own[place], own[of]))
-        return np.asarray(alike, np.bool_)
+        self, order: NDArray[np.intp], place: NDArray[np.int64], of: NDArray[np.int64], size: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """Two subjects who probably are the same person, all such: each found by every template of the other, and their
+        templates on average as similar to the other's as to their own. It takes two templates of both to tell."""
+        found_by_last = np.empty(len(size), np.int64)
+        found_by_last[place] = of
+        agreed = np.bincount(place, of == found_by_last[place], len(size)) == size
+        mutual = found_by_last[found_by_last] == np.arange(len(size))
+        candidates = np.flatnonzero(agreed & agreed[found_by_last] & mutual & (size > 1) & (size[found_by_last] > 1))
+        found: list[int] = []
+        for one in candidates.tolist():
+            mine, theirs = (self._vectors[order[place == who]] for who in (one, found_by_last[one]))
+            if (mine @ theirs.T).mean() >= max(_within(mine), _within(theirs)):
+                found.append(one)
+        return np.array(found, np.int64)
 
     def _search(self, slots: NDArray[np.int64]) -> None:
         similar = self._similar(slots)
@@ -405,6 +418,11 @@ def _certain(difference: float, error: float) -> float:
     """What remains of a measured difference that is drawn to 0 as far as its error explains it (James and Stein 1961,
     positive part)."""
     return difference * max(0.0, 1 - (error / difference) ** 2) if difference else 0.0
+
+
+def _within(vectors: NDArray[np.float64]) -> float:
+    """The mean similarity of two or more templates of one person."""
+    return float((vectors @ vectors.T)[np.triu_indices(len(vectors), 1)].mean())
 
 
 def _exceeding(found: Searches, thresholds: NDArray[np.float64]) -> NDArray[np.float64]:
