@@ -140,6 +140,12 @@ def calls(gallery: str, face_id: str) -> dict[str, dict[str, Any]]:
         "delete subject": {"role": "write", "method": "DELETE", "url": f"/subjects/new?gallery={gallery}"},
         "delete face": {"role": "write", "method": "DELETE", "url": f"/faces/{face_id}"},
         "make gallery": {"role": "admin", "method": "POST", "url": "/galleries", "json": {"gallery": gallery}},
+        "patch gallery": {
+            "role": "admin",
+            "method": "PATCH",
+            "url": f"/galleries/{gallery}",
+            "json": {"own_calibration": "stricter"},
+        },
         "delete gallery": {"role": "admin", "method": "DELETE", "url": f"/galleries/{gallery}"},
     }
 

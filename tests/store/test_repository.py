@@ -101,6 +101,29 @@ def test_what_goes_in_comes_back(repository: Repository, url: str) -> None:
     again.close()
 
 
+def test_what_own_people_may_do_is_kept(repository: Repository) -> None:
+    repository.create_gallery("g")
+    assert repository.own_calibration("g") == repository.gallery("g").own_calibration == "stricter"
+    assert repository.set_own_calibration("g", "full").own_calibration == "full"
+    assert repository.own_calibration("g") == "full" and repository.own_calibration("default") == "stricter"
+    with pytest.raises(GalleryNotFound):
+        repository.set_own_calibration("h", "full")
+    with pytest.raises(GalleryNotFound):
+        repository.own_calibration("h")
+
+
+def test_a_database_from_before_own_people_goes_on(url: str) -> None:
+    first = Repository(url)
+    first.create_gallery("g")
+    with first.engine.begin() as connection:
+        connection.execute(text("ALTER TABLE galleries DROP COLUMN own_calibration"))
+        connection.execute(text("UPDATE alembic_version SET version_num = '0001'"))
+    first.close()
+    again = Repository(url)
+    assert again.own_calibration("g") == "stricter"
+    again.close()
+
+
 def test_the_same_photo_of_one_subject_is_kept_once(repository: Repository) -> None:
     (first,), _ = repository.enroll("default", "Ada", None, [template(1)])
     (second, third), entries = repository.enroll("default", "Ada", None, [template(1), template(2)])
