@@ -21,7 +21,7 @@ from training.calibrate import Origin
 from training.calibrate import calibrate as calibrate_model
 from training.convert import ConversionError, convert_centerface, convert_dlib
 from training.data import DataError, Layout, Role, celeba_photos, folder_photos, unlabelled_photos
-from training.evaluate import EvaluationSet, draw, read_figures, table, update_document, write_figures
+from training.evaluate import EvaluationSet, asked_table, draw, read_figures, table, update_document, write_figures
 from training.evaluate import evaluate as evaluate_model
 from training.guards import guards as measure_guards
 from training.identification import identification as count_identification
@@ -192,6 +192,8 @@ def evaluate(
             if document is not None:
                 update_document(document, role, table(everything))
     typer.echo(table([figures]))
+    if figures.asked:
+        typer.echo(f"\n{asked_table(figures)}")
 
 
 @app.command("open-set")

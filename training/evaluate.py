@@ -14,14 +14,19 @@ from enum import StrEnum
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from service.calibration import Calibration
 from service.vision.embedder import Embedder
 from service.vision.onnx import OnnxModel
-from training.calibrate import embed, require_crops_of
+from training.calibrate import CALIBRATION, embed, require_crops_of
 from training.data import DataError, Role
 from training.metrics import FPRS, LEVEL, RESAMPLES, all_pairs, curve, numbered, rates_with_intervals
 from training.prepare import Alignment, Counts, load_prepared
+
+ASKED = (0.1, 0.01, 0.001)
+"""The FMR that are asked of the calibration."""
 
 _ROUNDED = 6
 
@@ -52,9 +57,27 @@ class Point(BaseModel):
     high: float | None
 
 
+class Asked(BaseModel):
+    """What became of an asked FMR: ``fmr`` is the share of the impostor pairs at or above the calibration's
+    ``threshold`` for it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    asked: float
+    threshold: float
+    extrapolated: bool
+    fmr: float
+
+    @property
+    def kept(self) -> bool:
+        """Whether the measured rate is within a factor of 1.5 of the asked one."""
+        return self.asked / 1.5 <= self.fmr <= 1.5 * self.asked
+
+
 class Figures(BaseModel):
     """One model on one set. ``people`` have genuine pairs or might have; ``others`` occur in impostor pairs
-    only. ``curve_fpr``, ``curve_tpr``: the whole curve, FPR rising."""
+    only. ``curve_fpr``, ``curve_tpr``: the whole curve, FPR rising. ``asked``: empty without a calibration of the
+    network as it was evaluated."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -76,6 +99,7 @@ class Figures(BaseModel):
     points: tuple[Point, ...]
     curve_fpr: tuple[float, ...]
     curve_tpr: tuple[float, ...]
+    asked: tuple[Asked, ...] = ()
 
 
 def evaluate(
@@ -148,7 +172,35 @@ def evaluate(
         ),
         curve_fpr=tuple(float(f"{value:.6g}") for value in fpr),
         curve_tpr=tuple(np.round(tpr, _ROUNDED).tolist()),
+        asked=_asked(model, embedder, impostor.similarity) if flip is None else (),
     )
+
+
+def _asked(model: Path, embedder: Embedder, impostors: NDArray[np.float32]) -> tuple[Asked, ...]:
+    if not (model / CALIBRATION).exists():
+        return ()
+    calibration = Calibration.load(model / CALIBRATION)
+    if calibration.model_sha256 != embedder.manifest.sha256:
+        return ()
+    points = [calibration.verification_point(fmr) for fmr in ASKED if fmr >= calibration.smallest_fmr]
+    return tuple(
+        Asked(
+            asked=point.fpr,
+            threshold=point.threshold,
+            extrapolated=point.extrapolated,
+            fmr=float(f"{np.mean(impostors >= point.threshold):.6g}"),
+        )
+        for point in points
+    )
+
+
+def asked_table(figures: Figures) -> str:
+    """The Markdown table of what became of the asked FMR."""
+    lines = ["| asked FMR | threshold | measured FMR | ratio |", "| ---: | ---: | ---: | ---: |"]
+    for one in figures.asked:
+        mark = "*" if one.extrapolated else ""
+        lines.append(f"| {one.asked:g} | {one.threshold:.4f}{mark} | {one.fmr:.3g} | {one.fmr / one.asked:.2f} |")
+    return "\n".join(lines)
 
 
 def write_figures(figures: Figures, folder: Path) -> Path:

@@ -16,6 +16,7 @@ from training.data import DataError, Layout, Role, celeba_photos
 from training.evaluate import (
     EvaluationSet,
     Figures,
+    asked_table,
     draw,
     evaluate,
     read_figures,
@@ -111,6 +112,16 @@ def test_figures_come_back_as_they_were_written(figures: Figures, tmp_path: Path
     (tmp_path / "other.celebA_ir.json").write_text("{}")
     with pytest.raises(DataError, match=r"other\.celebA_ir\.json does not hold figures"):
         read_figures(tmp_path, EvaluationSet.CELEBA_IR)
+
+
+def test_what_became_of_an_asked_rate_is_counted(figures: Figures, prepared: Path) -> None:
+    calibration = Calibration.load(MODEL / "calibration.json")
+    _, impostors = scores(prepared, Role.QUERY, Role.DISTRACTOR)
+    assert [one.asked for one in figures.asked] == [0.1, 0.01, 0.001]
+    for one in figures.asked:
+        assert one.threshold == calibration.verification_point(one.asked).threshold
+        assert one.fmr == pytest.approx(np.mean(np.array(impostors) >= one.threshold), abs=1e-6)
+    assert f"| {figures.asked[0].asked:g} | {figures.asked[0].threshold:.4f} |" in asked_table(figures)
 
 
 def test_the_table_has_a_row_for_each_model(figures: Figures) -> None:
