@@ -175,7 +175,6 @@ class OwnCalibration:
         wanted = {subject: [row for _, row in self._rows[subject][:TEMPLATES]] for subject in changed & sampled}
         rows = [row for held in wanted.values() for row in held]
         before = {row for subject in changed for row in self._taken.pop(subject, ())}
-        self._taken |= wanted
         self._held.remove([row for row in before.difference(rows) if row in self._held.slots])
         new = sorted(row for row in rows if row not in self._held.slots)
         missing = [row for row in new if row not in known]
@@ -184,6 +183,8 @@ class OwnCalibration:
         if new:
             subjects = np.array([self._subject_of[row] for row in new], np.int64)
             self._held.add(new, subjects, np.stack([known[row] for row in new]))
+        # Last, so that what could not be fetched is asked for again with the next change.
+        self._taken |= wanted
 
 
 class OwnCalibrations:

@@ -569,20 +569,25 @@ class Recognizer:
 
     def _delete(self, deletion: AbstractContextManager[Removal]) -> None:
         removed: Removal | None = None
-        with self._writing:
-            try:
-                with deletion as removed:
-                    for entries in removed.by_model.values():
-                        self._index.remove(removed.gallery, entries.row_ids)
-            except BaseException:
-                if removed is not None and self.model_id in removed.by_model:
-                    self._index.add(removed.by_model[self.model_id])
-                raise
-            if removed.by_model.keys() - {self.model_id}:
-                self._foreign = self.repository.foreign_models(self.model_id)
-            if self.model_id in removed.by_model:
-                self._own.remove(removed.gallery, removed.by_model[self.model_id].row_ids.tolist())
-        self.repository.forget()
+        committed = False
+        try:
+            with self._writing:
+                try:
+                    with deletion as removed:
+                        for entries in removed.by_model.values():
+                            self._index.remove(removed.gallery, entries.row_ids)
+                except BaseException:
+                    if removed is not None and self.model_id in removed.by_model:
+                        self._index.add(removed.by_model[self.model_id])
+                    raise
+                committed = True
+                if removed.by_model.keys() - {self.model_id}:
+                    self._foreign = self.repository.foreign_models(self.model_id)
+                if self.model_id in removed.by_model:
+                    self._own.remove(removed.gallery, removed.by_model[self.model_id].row_ids.tolist())
+        finally:
+            if committed:
+                self.repository.forget()
 
     def _fpr(self, asked: float | None) -> float:
         return self._options.fpr if asked is None else asked
