@@ -155,7 +155,8 @@ def test_a_full_disk_is_said_and_nothing_is_half_written(small_disk: Path) -> No
 
         assert listed() == stored
         assert server.client.get("/operating-points").json()["templates"] == len(stored)
-        assert server.identify("obama2.jpg")["faces"][0]["decision"] == "match"
+        # Not a match: one man under dozens of names has taught this gallery that people look alike.
+        assert server.identify("obama2.jpg")["faces"][0]["candidates"][0]["similarity"] > 0.9
         assert server.client.get("/readyz").status_code == 200
 
         ballast.unlink()
