@@ -35,8 +35,10 @@ from service.domain import (
     Evaluation,
     FailedPhoto,
     GroupPoint,
+    IndexEntries,
     OperatingPoint,
 )
+from service.own_calibration import OwnCalibrations
 
 FPRS = (0.1, 0.03, 0.01, 0.001)
 """The rates that are asked for unless others are named."""
@@ -58,6 +60,7 @@ nothing goes wrong, is everything all right?", the rule of three)."""
 PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"})
 """Endings, in lower case, of the files that count as photos."""
 
+_GALLERY = "evaluation"
 _BLOCK = 512
 _DET_POINTS = 101
 
@@ -158,9 +161,13 @@ def numbered(names: Sequence[str]) -> NDArray[np.int32]:
     return np.unique(np.asarray(names), return_inverse=True)[1].astype(np.int32)
 
 
-def operating_point(calibration: Calibration, fpr: float, subjects: int, templates: int) -> OperatingPoint:
-    """The threshold of searches in this evaluation's gallery: the model's own."""
-    return calibration.identification_point(fpr, subjects, templates)
+def operating_points(calibration: Calibration, fprs: Sequence[float], gallery: _Gallery) -> list[OperatingPoint]:
+    """The thresholds of searches in this evaluation's gallery: those that the service would use for it."""
+    own = OwnCalibrations(calibration, lambda rows: gallery.embeddings[np.asarray(rows, np.intp)])
+    count = len(gallery.subject)
+    own.add(IndexEntries(_GALLERY, np.arange(count), gallery.subject.astype(np.int64), gallery.embeddings))
+    points = [calibration.identification_point(fpr, gallery.size, count) for fpr in fprs]
+    return [own.combined(point, _GALLERY, "stricter", gallery.size, count) for point in points]
 
 
 def evaluate(shots: Sequence[Shot], calibration: Calibration, plan: Plan) -> Evaluation:
@@ -183,7 +190,7 @@ def evaluate(shots: Sequence[Shot], calibration: Calibration, plan: Plan) -> Eva
     )
     own = _Mated.searched(mated, subjects, gallery, dimension)
     others = _Strange(gallery.scores(_embeddings(strange, dimension)), numbered([s.photo.person for s in strange]))
-    points = [operating_point(calibration, fpr, len(subjects), len(templates)) for fpr in plan.fprs]
+    points = operating_points(calibration, plan.fprs, gallery)
     thresholds = [point.threshold for point in points]
     fpirs, fnirs = others.fpir(plan.fprs, thresholds, plan.resamples), own.fnir(thresholds, plan.resamples)
     groups, notes = _grouped(plan, shots, mated, strange, own, others, thresholds)

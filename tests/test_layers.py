@@ -35,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "service.decision": BOTTOM,
     "service.calibration": BOTTOM,
     "service.drift": BOTTOM,
-    "service.evaluation": BOTTOM | {"service.calibration"},
+    "service.evaluation": BOTTOM | {"service.calibration", "service.own_calibration"},
     "service.own_calibration": BOTTOM | {"service.calibration"},
     "service.archive": BOTTOM,
     "service.pictures": BOTTOM,

@@ -412,10 +412,13 @@ class SubjectsAnswer(Answer):
     next_cursor: str | None = Field(description="Give it as `cursor` for the next page; null on the last.")
 
 
-class OperatingPoint(Answer):
+class AskedPoint(Answer):
     fpr: float
     threshold: float
     extrapolated: bool
+
+
+class OperatingPoint(AskedPoint):
     basis: domain.Basis = Field(description="What the threshold rests on.")
     model_identities: int = Field(description="People of the model's calibration.")
     gallery_identities: int = Field(description="People of the gallery itself who count; 0 with basis `model`.")
@@ -480,14 +483,14 @@ class Estimate(Answer):
     note: str = Field(description="What the sample lacks; empty if nothing.")
 
 
-class EvaluatedPoint(OperatingPoint):
+class EvaluatedPoint(AskedPoint):
     fpir: Estimate = Field(description="Strangers' searches that are answered with somebody.")
     fnir: Estimate = Field(description="Enrolled people's probes that are not answered with that person.")
     matches: int = Field(description="Enrolled people's probes that are.")
     mistaken: int = Field(description="Enrolled people's probes that are answered with somebody else.")
 
 
-class EvaluatedPairs(OperatingPoint):
+class EvaluatedPairs(AskedPoint):
     fmr: float | None
     false_matches: int
     impostor_pairs: int
