@@ -26,7 +26,7 @@ STUDY, ERRORS_TABLE = "study", "study.errors"
 """The names of the marked places in the document."""
 
 
-class Test(BaseModel):
+class Tested(BaseModel):
     """``test.json``: the scores on the test split, and what they rest on."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -42,7 +42,7 @@ class Run:
     name: str
     config: dict[str, Any]
     lines: tuple[dict[str, Any], ...]
-    test: Test | None
+    test: Tested | None
 
 
 def read_runs(folder: Path) -> list[Run]:
@@ -53,7 +53,7 @@ def read_runs(folder: Path) -> list[Run]:
             config = json.loads((path.parent / CONFIG).read_bytes())
             lines = tuple(json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
             tested = path.parent / TEST
-            test = Test.model_validate_json(tested.read_bytes()) if tested.exists() else None
+            test = Tested.model_validate_json(tested.read_bytes()) if tested.exists() else None
         except (OSError, ValueError, ValidationError) as error:
             raise DataError(f"{path.parent} is not a run: {error}") from error
         if lines:

@@ -38,7 +38,7 @@ from training.data import DataError, Role, Split
 from training.distill import DistillConfig, Teacher, distance
 from training.losses import LossConfig, TripletConfig, make_objective
 from training.prepare import Prepared, load_prepared
-from training.report import TEST, Test
+from training.report import TEST, Tested
 from training.validation import CENTROID_PHOTOS, score
 
 CONFIG: Final = "config.json"
@@ -266,7 +266,7 @@ def load_final(path: Path) -> tuple[Learner, RunConfig, tuple[str, ...]]:
     return learner.eval(), config, tuple(state["people"])
 
 
-def test(run: Path, crops: Path) -> Test:
+def test(run: Path, crops: Path) -> Tested:
     """Measure a finished run on the official test split, once, and write ``test.json`` into its folder.
 
     Raises :class:`~training.data.DataError` if that was done, or if the photos are missing.
@@ -276,7 +276,7 @@ def test(run: Path, crops: Path) -> Test:
     learner, config, people = load_final(run / FINAL)
     scores = getattr(learner.objective, "scores", None)
     prepared, size = load_prepared(crops), config.size
-    found = Test(
+    found = Tested(
         score=score(learner.backbone, scores, people, prepared, size, split=Split.TEST, centroid_photos=None),
         analysis=analyse(learner.backbone, scores, people, prepared, size, Split.TEST),
     )

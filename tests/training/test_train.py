@@ -19,7 +19,7 @@ from training.batches import training_set
 from training.data import DataError, Role, Split
 from training.distill import DistillConfig, Teacher, distance
 from training.prepare import load_prepared
-from training.report import Test
+from training.report import Tested
 from training.train import CHECKPOINT, FINAL, METRICS, load_final, read_config, train
 from training.train import test as measure
 from training.validation import score
@@ -107,7 +107,7 @@ def test_the_test_split_is_looked_at_once(learnable, tmp_path):
     found = measure(run, learnable)
     assert (found.score.split, found.score.photos) == (Split.TEST, 20)
     assert found.analysis.errors == round((1 - found.score.accuracy) * 20)
-    assert Test.model_validate_json((run / "test.json").read_bytes()) == found
+    assert Tested.model_validate_json((run / "test.json").read_bytes()) == found
     with pytest.raises(DataError, match="once"):
         measure(run, learnable)
 
