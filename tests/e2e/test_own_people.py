@@ -45,7 +45,7 @@ def test_own_people_raise_the_threshold_and_only_an_admin_lets_them_lower_it(
         empty = point()
         assert (empty["basis"], empty["model_identities"], empty["gallery_identities"]) == ("model", 100, 0)
         for number, data in enumerate(looks(6)):
-            server.enroll(f"P{number}", data)
+            server.enroll(f"P{number}", data, allow_conflict="true")
         raised = point()
         model = SHIPPED.identification_point(0.1, 6, 6).threshold
         assert (raised["basis"], raised["gallery_identities"]) == ("both", 6)
@@ -56,7 +56,7 @@ def test_own_people_raise_the_threshold_and_only_an_admin_lets_them_lower_it(
         server.start()
         assert point() == raised
         # Removal undoes addition.
-        server.enroll("somebody", "biden.jpg")
+        server.enroll("somebody", "biden.jpg", allow_conflict="true")
         assert point() != raised
         assert server.client.delete("/subjects/somebody").status_code == 204
         assert point() == raised
@@ -75,7 +75,7 @@ def test_own_people_raise_the_threshold_and_only_an_admin_lets_them_lower_it(
 
 def test_few_people_leave_the_models_threshold(server: Server) -> None:
     for name in ("obama.jpg", "biden.jpg", "astronaut.png"):
-        server.enroll(name, name)
+        server.enroll(name, name, allow_conflict="true")
     before = server.client.get("/operating-points?fpr=0.1").json()["identification"]
     assert before["threshold"] == SHIPPED.identification_point(0.1, 3, 3).threshold
     server.client.patch("/galleries/default", json={"own_calibration": "full"}).raise_for_status()

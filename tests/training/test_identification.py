@@ -1,4 +1,4 @@
-"""Crops that are cut as the service would, and what is counted on them; e2e/test_evaluate.py compares the counts."""
+"""Crops that are cut as the service would, and what is counted on them; e2e/test_own_photos.py compares the counts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from service.evaluation import Plan
 from service.vision.detector import SCORE_THRESHOLD
 from training.data import DataError, Layout, Role, celeba_photos, folder_photos
 from training.identification import identification
-from training.prepare import INDEX, Acquired, load_prepared, prepare
+from training.prepare import INDEX, Acquired, Target, load_prepared, prepare
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
 
@@ -47,7 +47,7 @@ def crops(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
         folder,
         out,
         layout=Layout.FOLDERS,
-        embedder=MODELS / "dlib-resnet",
+        target=Target.of(MODELS / "dlib-resnet"),
         detector=MODELS / "centerface",
         like_service=True,
         progress=False,
@@ -97,7 +97,7 @@ def test_tight_photos_have_no_fallback_then(celeba: Path, tmp_path: Path) -> Non
         celeba,
         tmp_path,
         layout=Layout.CELEBA,
-        embedder=MODELS / "dlib-resnet",
+        target=Target.of(MODELS / "dlib-resnet"),
         detector=MODELS / "centerface",
         like_service=True,
         progress=False,
