@@ -14,8 +14,8 @@ COPY training training
 RUN pip install --no-cache-dir -c constraints.txt '.[torch]'
 COPY models models
 RUN groupadd --gid 10001 vultus && useradd --uid 10001 --gid 10001 --no-create-home --shell /usr/sbin/nologin vultus \
- && install -d -o vultus -g vultus /work
+ && install -d -o vultus -g vultus /output
 USER vultus
-VOLUME /work
+VOLUME /output
 ENTRYPOINT ["vultus-train"]
 CMD ["--help"]

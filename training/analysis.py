@@ -16,11 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from sklearn.manifold import TSNE
 from torch import Tensor
 
-from training.backbone import Backbone
-from training.data import Role, Split
+from training.data import Split
 from training.metrics import Pairs, all_pairs, curve, numbered
-from training.prepare import Prepared
-from training.validation import embed
+from training.validation import Embedded
 
 BINS: Final = 100
 MAPPED: Final = 20
@@ -85,45 +83,29 @@ class Analysis(BaseModel):
     map: tuple[Mapped, ...]
 
 
-def analyse(
-    network: Backbone,
-    scores: Callable[[Tensor], Tensor] | None,
-    people: Sequence[str],
-    prepared: Prepared,
-    size: int,
-    split: Split,
-) -> Analysis:
-    """Measure ``network`` on a folder of training crops.
+def analyse(faces: Embedded, scores: Callable[[Tensor], Tensor] | None, people: Sequence[str]) -> Analysis:
+    """Measure a network by its embeddings.
 
     ``scores``: classifier of embeddings for ``people``, whose softmax is the surety of an error; without one it is the
     cosine to the nearest centroid of the training photos.
     """
-    own = [int(i) for i in prepared.where(Role.CLASS)]
-    learned = [i for i in own if prepared.rows[i].photo.split is Split.TRAIN]
-    chosen = [i for i in own if prepared.rows[i].photo.split is split]
-    unseen = [int(i) for i in prepared.where(Role.VALIDATION)]
-    embeddings = embed(network.eval(), prepared, [*chosen, *unseen, *learned], size)
-    unit = F.normalize(embeddings)
-    known, strangers, references = torch.split(unit, [len(chosen), len(unseen), len(learned)])
+    known = F.normalize(faces.known)
     if scores is not None:
         with torch.no_grad():
-            surety, names = scores(embeddings[: len(chosen)]).softmax(dim=1), list(people)
+            surety, names = scores(faces.known).softmax(dim=1), people
     else:
-        taught = np.array([prepared.rows[i].photo.identity for i in learned])
-        names = sorted(set(taught.tolist()))
-        centroids = torch.stack([references[torch.from_numpy(taught == name)].mean(dim=0) for name in names])
-        surety = known @ F.normalize(centroids).T
+        surety, names = known @ faces.centroids.T, faces.names
     best, answer = surety.max(dim=1)
     errors = [
         Error(file=photo.file, truth=photo.identity, answer=names[int(place)], score=round(float(value), 4))
-        for photo, value, place in zip((prepared.rows[i].photo for i in chosen), best, answer, strict=True)
+        for photo, value, place in zip(faces.photos, best, answer, strict=True)
         if names[int(place)] != photo.identity
     ]
-    identities = [prepared.rows[i].photo.identity for i in chosen]
+    identities = [photo.identity for photo in faces.photos]
     return Analysis(
-        split=split,
+        split=faces.split,
         seen=similarities(known.numpy(), identities),
-        unseen=similarities(strangers.numpy(), [prepared.rows[i].photo.identity for i in unseen]),
+        unseen=similarities(F.normalize(faces.strangers).numpy(), faces.stranger_names),
         errors=len(errors),
         worst=tuple(sorted(errors, key=lambda error: -error.score)[:ERRORS]),
         map=mapped(known.numpy(), identities),

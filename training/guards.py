@@ -32,7 +32,6 @@ CONFLICT_FPR = 0.001
 REPEATS = 20
 PROBES = 2000
 
-_BATCH = 32
 _POOR_SIZE = 48
 _POOR_LIGHT = 0.5
 _POOR_NOISE = 8.0
@@ -158,12 +157,9 @@ def _people(embedder: Embedder, prepared: Prepared, role: Role, most: int | None
     people = numbered([prepared.rows[i].photo.identity for i in chosen])
     taken = np.concatenate([np.flatnonzero(people == one)[:most] for one in range(int(people.max()) + 1)])
     chosen, people = chosen[taken], people[taken]
-    if not poor:
-        return People(embed(embedder, prepared, chosen, progress=progress), people)
     generator = np.random.default_rng(0)
-    batches = [chosen[start : start + _BATCH] for start in range(0, len(chosen), _BATCH)]
-    vectors = [embedder.embed(np.stack([degraded(prepared.crops[i], generator) for i in batch])) for batch in batches]
-    return People(np.concatenate(vectors), people)
+    look = (lambda crop, _: degraded(crop, generator)) if poor else None
+    return People(embed(embedder, prepared, chosen, look=look, progress=progress), people)
 
 
 def _drawn(people: People, generator: np.random.Generator, most: int) -> list[NDArray[np.float32]]:

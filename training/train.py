@@ -38,11 +38,9 @@ from training.data import DataError, Role, Split
 from training.distill import DistillConfig, Teacher, distance
 from training.losses import LossConfig, TripletConfig, make_objective
 from training.prepare import Prepared, load_prepared
-from training.report import TEST, Tested
-from training.validation import CENTROID_PHOTOS, score
+from training.report import CONFIG, METRICS, TEST, Tested
+from training.validation import CENTROID_PHOTOS, embedded, score
 
-CONFIG: Final = "config.json"
-METRICS: Final = "metrics.jsonl"
 CHECKPOINT: Final = "checkpoint.pt"
 FINAL: Final = "final.pt"
 
@@ -275,11 +273,8 @@ def test(run: Path, crops: Path) -> Tested:
         raise DataError(f"{run / TEST} is there: the test split is looked at once for each run")
     learner, config, people = load_final(run / FINAL)
     scores = getattr(learner.objective, "scores", None)
-    prepared, size = load_prepared(crops), config.size
-    found = Tested(
-        score=score(learner.backbone, scores, people, prepared, size, split=Split.TEST, centroid_photos=None),
-        analysis=analyse(learner.backbone, scores, people, prepared, size, Split.TEST),
-    )
+    faces = embedded(learner.backbone, load_prepared(crops), config.size, Split.TEST)
+    found = Tested(score=score(faces, scores, people), analysis=analyse(faces, scores, people))
     (run / TEST).write_text(found.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return found
 
@@ -307,7 +302,7 @@ def _batches(
 
     def prepare(step: int) -> Batch:
         indices = _indices(photos, config, step)
-        # Every process makes the random numbers of the whole batch and takes its own crops.
+        # Each process has its own crops of the batch, and its own random views of them.
         generator = torch.Generator().manual_seed(hash((config.seed, 3, step, rank)) % 2**63)
         share = indices[rank::world] if not config.people_in_batch else np.array_split(indices, world)[rank]
         crops, size = torch.from_numpy(photos.crops(share)), config.size_at(step)
@@ -364,8 +359,8 @@ def _measured(
     if judge is None:
         return {}
     scores = getattr(learner.objective, "scores", None)
-    most = None if last else CENTROID_PHOTOS
-    found = score(learner.backbone, scores, photos.people, judge, size, centroid_photos=most)
+    faces = embedded(learner.backbone, judge, size, Split.VALIDATION, None if last else CENTROID_PHOTOS)
+    found = score(faces, scores, photos.people)
     return {"validation": found.model_dump(mode="json")}
 
 

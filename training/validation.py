@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from training.augment import normalised, views
 from training.backbone import Backbone
 from training.batches import require_training_crops
-from training.data import DataError, Role, Split
+from training.data import DataError, Photo, Role, Split
 from training.metrics import all_pairs, numbered, rates
 from training.prepare import Prepared
 
@@ -41,21 +42,31 @@ class Score(BaseModel):
     tpr: dict[str, float]
 
 
-def score(
-    network: Backbone,
-    scores: Callable[[Tensor], Tensor] | None,
-    people: Sequence[str],
-    prepared: Prepared,
-    size: int,
-    *,
-    split: Split = Split.VALIDATION,
-    centroid_photos: int | None = CENTROID_PHOTOS,
-) -> Score:
-    """Measure ``network``, which is put into evaluation mode, on a folder of training crops.
+@dataclass(frozen=True)
+class Embedded:
+    """What a network makes of the photos by which it is judged, ``float32[N, D]`` each, not of unit length.
 
-    ``scores``: classifier of embeddings ``float32[N, D]`` for the ``people``, in their order. ``centroid_photos``: at
-    most so many for each person, the first by file; None for all. Raises :class:`~training.data.DataError` if photos
-    that are needed are missing.
+    ``known``: those of ``split`` of the ``class`` people, with their rows in ``photos``; ``strangers``: of the
+    ``validation`` people, with their ``stranger_names``; ``centroids``: mean training embedding of each of ``names``,
+    of unit length.
+    """
+
+    split: Split
+    photos: tuple[Photo, ...]
+    known: Tensor
+    stranger_names: tuple[str, ...]
+    strangers: Tensor
+    names: tuple[str, ...]
+    centroids: Tensor
+
+
+def embedded(
+    network: Backbone, prepared: Prepared, size: int, split: Split, centroid_photos: int | None = None
+) -> Embedded:
+    """Embed what is needed of a folder of training crops; ``network`` is put into evaluation mode.
+
+    ``centroid_photos``: at most so many for each person, the first by file; None for all. Raises
+    :class:`~training.data.DataError` if photos that are needed are missing.
     """
     require_training_crops(prepared)
     chosen = [i for i in prepared.where(Role.CLASS) if prepared.rows[i].photo.split is split]
@@ -69,28 +80,36 @@ def score(
         raise DataError(f"{prepared.folder} has no photos of the class and validation people to choose by")
     network.eval()
     embeddings = embed(network, prepared, [*chosen, *unseen, *(i for own in taken.values() for i in own)], size)
-    photos = embeddings[: len(chosen)]
-    truth = [prepared.rows[i].photo.identity for i in chosen]
+    known, strangers, taught = torch.split(embeddings, [len(chosen), len(unseen), sum(map(len, taken.values()))])
+    parts = torch.split(F.normalize(taught), [len(own) for own in taken.values()])
+    return Embedded(
+        split,
+        tuple(prepared.rows[i].photo for i in chosen),
+        known,
+        tuple(prepared.rows[i].photo.identity for i in unseen),
+        strangers,
+        tuple(taken),
+        F.normalize(torch.stack([part.mean(dim=0) for part in parts])),
+    )
+
+
+def score(faces: Embedded, scores: Callable[[Tensor], Tensor] | None, people: Sequence[str]) -> Score:
+    """Measure a network by its embeddings. ``scores``: its classifier for the ``people``, in their order."""
+    truth = [photo.identity for photo in faces.photos]
     accuracy = None
     if scores is not None:
         with torch.no_grad():
-            best = scores(photos).argmax(dim=1)
+            best = scores(faces.known).argmax(dim=1)
         accuracy = float(np.mean([people[int(place)] == name for place, name in zip(best, truth, strict=True)]))
-    unit = F.normalize(embeddings)
-    ends = len(chosen) + len(unseen) + np.cumsum([len(own) for own in taken.values()])
-    parts = torch.tensor_split(unit[len(chosen) + len(unseen) :], (ends[:-1] - len(chosen) - len(unseen)).tolist())
-    centroids = F.normalize(torch.stack([part.mean(dim=0) for part in parts]))
-    names = list(taken)
-    nearest = (unit[: len(chosen)] @ centroids.T).argmax(dim=1)
-    right = [names[int(place)] == name for place, name in zip(nearest, truth, strict=True)]
-    nobody = np.empty((0, network.dimension), np.float32), np.empty(0, np.int32)
-    strangers = unit[len(chosen) : len(chosen) + len(unseen)].numpy()
-    identities = numbered([prepared.rows[i].photo.identity for i in unseen])
-    genuine, impostor = all_pairs(strangers, identities, *nobody)
+    nearest = (F.normalize(faces.known) @ faces.centroids.T).argmax(dim=1)
+    right = [faces.names[int(place)] == name for place, name in zip(nearest, truth, strict=True)]
+    nobody = np.empty((0, faces.strangers.shape[1]), np.float32), np.empty(0, np.int32)
+    strangers = F.normalize(faces.strangers).numpy()
+    genuine, impostor = all_pairs(strangers, numbered(faces.stranger_names), *nobody)
     found = rates(genuine.similarity, impostor.similarity, (0.1, 0.01, 0.001))
     return Score(
-        split=split,
-        photos=len(chosen),
+        split=faces.split,
+        photos=len(truth),
         accuracy=accuracy,
         centroid_accuracy=float(np.mean(right)),
         tpr={f"{rate.fpr:g}": rate.tpr for rate in found},

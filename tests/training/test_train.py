@@ -22,7 +22,7 @@ from training.prepare import load_prepared
 from training.report import Tested
 from training.train import CHECKPOINT, FINAL, METRICS, load_final, read_config, train
 from training.train import test as measure
-from training.validation import score
+from training.validation import embedded, score
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "training" / "configs").glob("*.toml"))
@@ -96,9 +96,9 @@ def test_each_loss_learns_to_tell_people_apart(learnable, tmp_path, loss):
     assert not learner.training
     prepared = load_prepared(learnable)
     scores = getattr(learner.objective, "scores", None)
-    found = score(learner.backbone, scores, people, prepared, 32, centroid_photos=None)
+    found = score(embedded(learner.backbone, prepared, 32, Split.VALIDATION), scores, people)
     assert found.model_dump(mode="json") == last["validation"]
-    assert score(learner.backbone, scores, people, prepared, 32, split=Split.TEST).photos == 20
+    assert score(embedded(learner.backbone, prepared, 32, Split.TEST), scores, people).photos == 20
 
 
 def test_the_test_split_is_looked_at_once(learnable, tmp_path):
