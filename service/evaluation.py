@@ -151,7 +151,7 @@ def read_groups(text: str) -> dict[str, str]:
     return groups
 
 
-def times_drawn(generator: np.random.Generator, people: NDArray[np.int32], count: int) -> NDArray[np.float32]:
+def times_drawn(generator: np.random.Generator, people: NDArray[np.integer], count: int) -> NDArray[np.float32]:
     """How often each of ``count`` people is drawn, ``float32[count]``, when all of ``people`` are, with replacement."""
     return np.bincount(generator.choice(people, len(people)), minlength=count).astype(np.float32)
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq
 
 from service.calibration import rate_of_all, thresholds_at
+from service.evaluation import times_drawn
 from training.metrics import LEVEL, Pairs
 
 RULE_OF_30 = 30
@@ -134,8 +135,8 @@ def fmr_curve(impostor: Pairs, *, resamples: int = RESAMPLES, seed: int = 0) -> 
     generator = np.random.default_rng(seed)
     samples = [threshold]
     for _ in range(resamples):
-        weights = np.zeros(int(people.max()) + 1)
-        np.add.at(weights, generator.choice(people, len(people)), 1)
+        # Sums of these weights over millions of pairs need float64.
+        weights = times_drawn(generator, people, int(people.max()) + 1).astype(np.float64)
         drawn = weights[first] * weights[second]
         if drawn.any():
             samples.append(np.minimum(np.maximum.accumulate(_thresholds(similarity, drawn, fmr, supported)), 1.0))

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict
 
 from service.calibration import Calibration
 from service.domain import Crop, IndexEntries
+from service.evaluation import times_drawn
 from service.own_calibration import OwnCalibrations
 from service.vision.embedder import Embedder
 from training.calibrate import CALIBRATION, embed, require_crops_of
@@ -286,8 +287,7 @@ def _draws(
     people = np.unique(person)
     drawn = []
     for _ in range(RESAMPLES):
-        weight = np.zeros(int(people.max()) + 1)
-        np.add.at(weight, generator.choice(people, len(people)), 1)
+        weight = times_drawn(generator, people, int(people.max()) + 1).astype(np.float64)
         held = np.unique(generator.choice(len(ends), len(ends)))
         drawn.append((each[:, held].max(axis=1), weight[person]))
     return drawn
