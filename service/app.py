@@ -96,15 +96,21 @@ def open_repository(settings: Settings) -> Iterator[Repository]:
         yield repository
 
 
-def load_embedder(settings: Settings) -> Embedder:
-    """Return the embedder of the settings. Raises ``StartError``, and ``ModelError`` for a broken one."""
-    return Embedder.load(_model_folder(settings, settings.model), _threads(settings))
+def load_embedder(settings: Settings, threads: int | None = None) -> Embedder:
+    """Return the embedder of the settings. ``threads``: of one run; the settings' if None.
+
+    Raises ``StartError``, and ``ModelError`` for a broken one.
+    """
+    return Embedder.load(_model_folder(settings, settings.model), threads or _threads(settings))
 
 
-def load_models(settings: Settings) -> tuple[FaceDetector, Embedder, Calibration]:
-    """Return what an evaluation needs, which is no data. Raises ``StartError``, and ``ModelError`` for a broken one."""
-    detector = FaceDetector.load(_model_folder(settings, settings.detector), _threads(settings))
-    embedder = load_embedder(settings)
+def load_models(settings: Settings, threads: int | None = None) -> tuple[FaceDetector, Embedder, Calibration]:
+    """Return what an evaluation needs, which is no data. ``threads``: of one run; the settings' if None.
+
+    Raises ``StartError``, and ``ModelError`` for a broken one.
+    """
+    detector = FaceDetector.load(_model_folder(settings, settings.detector), threads or _threads(settings))
+    embedder = load_embedder(settings, threads)
     return detector, embedder, _calibration(_model_folder(settings, settings.model), embedder.manifest)
 
 
@@ -135,9 +141,12 @@ def open_parts(settings: Settings) -> Iterator[Parts]:
     registry = CollectorRegistry()
     with ExitStack() as stack:
         repository = stack.enter_context(open_repository(settings))
-        detector, embedder, calibration = load_models(settings)
+        threads = _threads(settings)
+        # Several photos at once, each on one core, get more from the cores than one after the other on all of them.
+        detector, embedder, calibration = load_models(settings, threads=1)
         embedder.warm_up()
-        batcher = Batcher(embedder.embed, settings.max_batch, settings.max_queue)
+        # About half of the work on a photo is the embedder's.
+        batcher = Batcher(embedder.embed, settings.max_batch, max(1, threads // 2))
         stack.callback(batcher.close)
         index = FaissGallery(embedder.dimension)
         recognizer = Recognizer(
@@ -157,7 +166,8 @@ def open_parts(settings: Settings) -> Iterator[Parts]:
             ),
         )
         registry.register(ProbeMetrics(recognizer.probe_similarities))
-        workers = Workers(2 * _threads(settings), settings.max_queue)
+        # While some wait for the embedder, as many others are decoded and searched for faces.
+        workers = Workers(2 * threads, settings.max_queue, settings.max_wait, 2 * settings.max_request_bytes)
         Gauge("vultus_requests_in_progress", "Requests with photos in progress.", registry=registry).set_function(
             lambda: workers.in_progress
         )

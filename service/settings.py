@@ -49,12 +49,15 @@ class Settings(BaseSettings):
     )
     max_batch: int = Field(16, ge=1, le=1024, description="Most faces that the embedder takes in one run.")
     max_queue: int = Field(
-        64,
-        ge=1,
-        description="Most requests with photos in progress, and most faces waiting for the embedder; "
-        "beyond it the answer is 429 `overloaded`.",
+        64, ge=1, description="Most requests with photos in progress; beyond it the answer is 429 `overloaded`."
     )
-    threads: int = Field(0, ge=0, description="Threads of one network run; 0 is one for each core.")
+    max_wait: float = Field(
+        5.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds that a request with photos may wait for its turn; beyond it the answer is 429.",
+    )
+    threads: int = Field(0, ge=0, description="Photos worked on at once, each on one core; 0 is one for each core.")
     keep_crops: bool = Field(
         True,
         description="Keep a portrait of each enrolled face, so that a change of model needs no new photos.",

@@ -182,7 +182,8 @@ def _presented(request: Request) -> str | None:
 
 
 def _at_least(role: Role) -> Any:
-    def check(request: Request) -> Principal:
+    # Not in a thread: it is a look-up and at most the reading of a small file.
+    async def check(request: Request) -> Principal:
         keyring: Keyring = request.app.state.parts.keyring
         principal = keyring.principal(_presented(request))
         if principal.role < role:

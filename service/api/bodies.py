@@ -6,14 +6,17 @@ import asyncio
 import json
 from typing import Any, TypeVar
 
+from anyio import to_thread
 from fastapi import Request
 from pydantic import ValidationError
 from pydantic_core import from_json
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import Message, Receive
 
 from service.api.schemas import MAX_METADATA_BYTES, Body
+from service.api.workers import Place
 from service.errors import ImageTooLarge, InvalidRequest, UnsupportedMediaType
 
 BodyT = TypeVar("BodyT", bound=Body)
@@ -21,16 +24,19 @@ BodyT = TypeVar("BodyT", bound=Body)
 BODY_SECONDS = 120
 """A body that takes longer is given up: whoever sends it holds a place that others wait for."""
 
+# To parse more than this takes longer than to hand it to a thread.
+_SMALL = 2**16
+
 # Room for everything of a request that is not a photo.
 _OVERHEAD = 2**20
 _FORM_FIELDS = 32
 
 
-async def read_body(request: Request, model: type[BodyT]) -> BodyT:
-    """Read a request's body into ``model``.
+async def read_body(request: Request, model: type[BodyT], place: Place | None = None) -> BodyT:
+    """Read a request's body into ``model``. ``place``: that of the request, where its bytes count.
 
-    Raises ``UnsupportedMediaType``, ``ImageTooLarge`` and ``InvalidRequest``; the last names the fields, and
-    never repeats what they held.
+    Raises ``UnsupportedMediaType``, ``ImageTooLarge``, ``InvalidRequest`` and ``Overloaded``; ``InvalidRequest`` names
+    the fields, and never repeats what they held.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     parts = request.app.state.parts
@@ -39,27 +45,30 @@ async def read_body(request: Request, model: type[BodyT]) -> BodyT:
         max_body = min(_max_photos(model) * (max_image * 4 // 3 + 1024) + _OVERHEAD, parts.max_request_bytes)
     else:
         max_image = max_body = parts.max_request_bytes
-    if kind == "application/json" or (kind == "multipart/form-data" and _max_photos(model)):
-        try:
-            async with asyncio.timeout(BODY_SECONDS):
-                if kind == "application/json":
-                    values = from_json_body(await _read(request, max_body))
-                else:
-                    request._receive = _limited(request.receive, max_body)
-                    values = await _form(request, model, max_image)
-        except TimeoutError:
-            raise InvalidRequest(
-                f"The body took longer than {BODY_SECONDS} seconds.", headers={"connection": "close"}
-            ) from None
-    else:
+    if kind != "application/json" and not (kind == "multipart/form-data" and _max_photos(model)):
         accepted = "application/json or multipart/form-data" if _max_photos(model) else "application/json"
         raise UnsupportedMediaType(f"Send {accepted}, not {kind or 'a body without a content type'!r}.")
+    stated = request.headers.get("content-length", "")
+    if place is not None and stated.isdecimal():
+        # What does not fit is refused before it is sent.
+        place.hold(min(int(stated), max_body))
+    receive = _limited(request.receive, max_body, place)
     try:
-        return model.model_validate(values)
-    except ValidationError as exc:
+        async with asyncio.timeout(BODY_SECONDS):
+            if kind == "application/json":
+                data = await _read(receive)
+            else:
+                request._receive = receive
+                values = await _form(request, model, max_image)
+    except TimeoutError:
         raise InvalidRequest(
-            explain(exc.errors(include_input=False, include_url=False, include_context=False))
+            f"The body took longer than {BODY_SECONDS} seconds.", headers={"connection": "close"}
         ) from None
+    if kind != "application/json":
+        return _validated(model, values)
+    if len(data) <= _SMALL:
+        return _validated(model, from_json_body(data))
+    return await to_thread.run_sync(lambda: _validated(model, from_json_body(data)))
 
 
 def explain(errors: Any) -> str:
@@ -96,9 +105,8 @@ def request_body(model: type[Body], example: dict[str, Any]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": content}}
 
 
-async def _read(request: Request, max_body: int) -> bytes:
+async def _read(receive: Receive) -> bytes:
     data = bytearray()
-    receive = _limited(request.receive, max_body)
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
@@ -108,18 +116,29 @@ async def _read(request: Request, max_body: int) -> bytes:
             return bytes(data)
 
 
-def _limited(receive: Any, max_body: int) -> Any:
+def _limited(receive: Receive, max_body: int, place: Place | None) -> Receive:
     taken = 0
 
-    async def limited() -> Any:
+    async def limited() -> Message:
         nonlocal taken
         message = await receive()
         taken += len(message.get("body", b""))
         if taken > max_body:
             raise ImageTooLarge(f"The request exceeds {max_body} bytes.", headers={"connection": "close"})
+        if place is not None:
+            place.hold(taken)
         return message
 
     return limited
+
+
+def _validated(model: type[BodyT], values: Any) -> BodyT:
+    try:
+        return model.model_validate(values)
+    except ValidationError as exc:
+        raise InvalidRequest(
+            explain(exc.errors(include_input=False, include_url=False, include_context=False))
+        ) from None
 
 
 async def _form(request: Request, model: type[Body], max_image: int) -> dict[str, Any]:

@@ -45,6 +45,11 @@ _BASE64 = "/9j/4AAQSkZJRg…"
 GalleryQuery = Annotated[GalleryName, Query(description="The gallery's name.")]
 
 
+def _answer(answer: schemas.Answer, status: int = 200) -> Response:
+    """Return an answer as bytes. Called where the work is done: what is long holds up nobody else's request."""
+    return Response(answer.model_dump_json(), status, media_type="application/json")
+
+
 def _parts(request: Request) -> Parts:
     parts: Parts = request.app.state.parts
     return parts
@@ -55,43 +60,48 @@ def _parts(request: Request) -> Parts:
 
 @router.post(
     "/detect",
+    response_model=schemas.DetectAnswer,
     tags=["photos"],
     summary="Find the faces in a photo",
     responses={200: example("DetectAnswer"), **responses(*_BODY, errors.InvalidImage, errors.TooManyPixels)},
     openapi_extra=request_body(schemas.DetectBody, {"image": _BASE64}),
 )
-async def detect(request: Request, _: Reader) -> schemas.DetectAnswer:
+async def detect(request: Request, _: Reader) -> Response:
     """Return every face, the largest first. None is an empty list."""
     parts = _parts(request)
-    async with parts.workers.admitted():
-        body = await read_body(request, schemas.DetectBody)
-        faces = await parts.workers.run(parts.recognizer.detect, body.image)
-    return schemas.DetectAnswer(faces=[schemas.face(face) for face in faces])
+    async with parts.workers.admitted() as place:
+        body = await read_body(request, schemas.DetectBody, place)
+
+        def work() -> Response:
+            return _answer(schemas.detection(parts.recognizer.detect(body.image)))
+
+        return await parts.workers.run(work)
 
 
 @router.post(
     "/embed",
+    response_model=schemas.EmbedAnswer,
     tags=["photos"],
     summary="Turn the faces in a photo into embeddings",
     responses={200: example("EmbedAnswer"), **responses(*_PHOTO)},
     openapi_extra=request_body(schemas.EmbedBody, {"image": _BASE64}),
 )
-async def embed(request: Request, _: Reader) -> schemas.EmbedAnswer:
+async def embed(request: Request, _: Reader) -> Response:
     """Return every face with its embedding, a vector of length 1. Embeddings of two models cannot be compared."""
     parts = _parts(request)
-    async with parts.workers.admitted():
-        body = await read_body(request, schemas.EmbedBody)
-        faces = await parts.workers.run(parts.recognizer.embed, body.image)
-    return schemas.EmbedAnswer(
-        model_id=parts.recognizer.model_id,
-        faces=[
-            schemas.EmbeddedFace(**schemas.face_fields(item.face), embedding=item.embedding.tolist()) for item in faces
-        ],
-    )
+    async with parts.workers.admitted() as place:
+        body = await read_body(request, schemas.EmbedBody, place)
+
+        def work() -> Response:
+            recognizer = parts.recognizer
+            return _answer(schemas.embedding(recognizer.model_id, recognizer.embed(body.image)))
+
+        return await parts.workers.run(work)
 
 
 @router.post(
     "/enroll",
+    response_model=schemas.EnrollAnswer,
     status_code=201,
     tags=["recognition"],
     summary="Enrol a person",
@@ -103,7 +113,7 @@ async def embed(request: Request, _: Reader) -> schemas.EmbedAnswer:
     },
     openapi_extra=request_body(schemas.EnrollBody, {"subject": "Ada", "images": [_BASE64], "metadata": {"badge": 7}}),
 )
-async def enroll(request: Request, key: Writer) -> schemas.EnrollAnswer:
+async def enroll(request: Request, key: Writer) -> Response:
     """Add photos of one person, each showing exactly one usable face, and nobody else's.
 
     Photos that cannot be used are listed in `rejected`, and so are those that do not match the others; if that is
@@ -112,115 +122,132 @@ async def enroll(request: Request, key: Writer) -> schemas.EnrollAnswer:
     already is not stored twice. 201 means: it is on disk.
     """
     parts = _parts(request)
-    async with parts.workers.admitted():
-        body = await read_body(request, schemas.EnrollBody)
+    async with parts.workers.admitted() as place:
+        body = await read_body(request, schemas.EnrollBody, place)
         key.require(body.gallery)
-        done = await parts.workers.run(
-            parts.recognizer.enroll,
-            body.gallery,
-            body.subject,
-            body.images,
-            body.metadata,
-            allow_conflict=body.allow_conflict,
-        )
-    return schemas.enrollment(done)
+
+        def work() -> Response:
+            done = parts.recognizer.enroll(
+                body.gallery, body.subject, body.images, body.metadata, allow_conflict=body.allow_conflict
+            )
+            return _answer(schemas.enrollment(done), 201)
+
+        return await parts.workers.run(work)
 
 
 @router.post(
     "/identify",
+    response_model=schemas.IdentifyAnswer,
     tags=["recognition"],
     summary="Say who is in a photo",
     responses={200: example("IdentifyAnswer"), **responses(*_PHOTO, *_SEARCH)},
     openapi_extra=request_body(schemas.IdentifyBody, {"image": _BASE64, "fpr": 0.01, "top_k": 5}),
 )
-async def identify(request: Request, key: Reader) -> schemas.IdentifyAnswer:
+async def identify(request: Request, key: Reader) -> Response:
     """Answer every face: `match` with the subject, or `unknown`.
 
     `fpr` is the share of strangers, on average, who are answered with somebody; the service derives the
     `threshold` from it for the loaded model and the gallery's present size.
     """
     parts = _parts(request)
-    async with parts.workers.admitted():
-        body = await read_body(request, schemas.IdentifyBody)
+    async with parts.workers.admitted() as place:
+        body = await read_body(request, schemas.IdentifyBody, place)
         key.require(body.gallery)
-        found = await parts.workers.run(parts.recognizer.identify, body.image, body.gallery, body.fpr, body.top_k)
-    return schemas.identification(found)
+
+        def work() -> Response:
+            found = parts.recognizer.identify(body.image, body.gallery, body.fpr, body.top_k)
+            return _answer(schemas.identification(found))
+
+        return await parts.workers.run(work)
 
 
 @router.post(
     "/verify",
+    response_model=schemas.VerifyAnswer,
     tags=["recognition"],
     summary="Say whether two faces are one person's",
     responses={200: example("VerifyAnswer"), **responses(*_PHOTO, *_SEARCH, errors.SubjectNotFound)},
     openapi_extra=request_body(schemas.VerifyBody, {"image_a": _BASE64, "image_b": _BASE64, "fpr": 0.001}),
 )
-async def verify(request: Request, key: Reader) -> schemas.VerifyAnswer:
+async def verify(request: Request, key: Reader) -> Response:
     """Compare the largest face of `image_a` with that of `image_b`, or with an enrolled `subject`."""
     parts = _parts(request)
-    async with parts.workers.admitted():
-        body = await read_body(request, schemas.VerifyBody)
+    recognizer = parts.recognizer
+    async with parts.workers.admitted() as place:
+        body = await read_body(request, schemas.VerifyBody, place)
         if body.subject is not None:
             key.require(body.gallery)
-            found = await parts.workers.run(
-                parts.recognizer.verify_subject, body.image_a, body.gallery, body.subject, body.fpr
-            )
-        else:
-            found = await parts.workers.run(parts.recognizer.verify_photos, body.image_a, body.image_b or b"", body.fpr)
-    return schemas.verification(found)
+
+        def work() -> Response:
+            if body.subject is not None:
+                found = recognizer.verify_subject(body.image_a, body.gallery, body.subject, body.fpr)
+            else:
+                found = recognizer.verify_photos(body.image_a, body.image_b or b"", body.fpr)
+            return _answer(schemas.verification(found))
+
+        return await parts.workers.run(work)
 
 
 @router.post(
     "/search-similar",
+    response_model=schemas.SearchSimilarAnswer,
     tags=["recognition"],
     summary="Find the enrolled faces most similar to a face",
     responses={200: example("SearchSimilarAnswer"), **responses(*_PHOTO, *_SEARCH, errors.FaceNotFound)},
     openapi_extra=request_body(schemas.SearchSimilarBody, {"image": _BASE64, "top_k": 10}),
 )
-async def search_similar(request: Request, key: Reader) -> schemas.SearchSimilarAnswer:
+async def search_similar(request: Request, key: Reader) -> Response:
     """Return the most similar enrolled faces, whoever they are: of each face in `image`, or of `face_id`."""
     parts = _parts(request)
     recognizer = parts.recognizer
-    async with parts.workers.admitted():
-        body = await read_body(request, schemas.SearchSimilarBody)
-        if body.face_id is not None:
-            template = await parts.workers.run(recognizer.face, body.face_id)
+    async with parts.workers.admitted() as place:
+        body = await read_body(request, schemas.SearchSimilarBody, place)
+
+        def by_photo() -> Response:
+            gallery = body.gallery or DEFAULT_GALLERY
+            key.require(gallery)
+            found = recognizer.similar_to_photo(body.image or b"", gallery, body.top_k, body.min_similarity)
+            return _answer(schemas.similar(recognizer.model_id, gallery, found))
+
+        def by_face(face_id: str) -> Response:
+            template = recognizer.face(face_id)
             key.require_face(template)
             gallery = body.gallery or template.gallery
             key.require(gallery)
-            found = await parts.workers.run(
-                recognizer.similar_to_face, template, gallery, body.top_k, body.min_similarity
-            )
-        else:
-            gallery = body.gallery or DEFAULT_GALLERY
-            key.require(gallery)
-            found = await parts.workers.run(
-                recognizer.similar_to_photo, body.image or b"", gallery, body.top_k, body.min_similarity
-            )
-    return schemas.similar(recognizer.model_id, gallery, found)
+            found = recognizer.similar_to_face(template, gallery, body.top_k, body.min_similarity)
+            return _answer(schemas.similar(recognizer.model_id, gallery, found))
+
+        face_id = body.face_id
+        return await parts.workers.run(by_photo if face_id is None else lambda: by_face(face_id))
 
 
 @router.post(
     "/search-unknown",
+    response_model=schemas.SearchUnknownAnswer,
     tags=["recognition"],
     summary="Find everybody in a set of photos whom nobody enrolled",
     responses={200: example("SearchUnknownAnswer"), **responses(*_BODY, *_SEARCH)},
     openapi_extra=request_body(schemas.SearchUnknownBody, {"images": [_BASE64, _BASE64]}),
 )
-async def search_unknown(request: Request, key: Reader) -> schemas.SearchUnknownAnswer:
+async def search_unknown(request: Request, key: Reader) -> Response:
     """Sort the faces of a photo set into enrolled people and strangers, the strangers grouped by person.
 
     Photos that are broken or show no face are listed in `rejected`.
     """
     parts = _parts(request)
-    async with parts.workers.admitted():
-        body = await read_body(request, schemas.SearchUnknownBody)
+    async with parts.workers.admitted() as place:
+        body = await read_body(request, schemas.SearchUnknownBody, place)
         key.require(body.gallery)
-        found = await parts.workers.run(parts.recognizer.search_unknown, body.images, body.gallery, body.fpr)
-    return schemas.unknown_search(found)
+
+        def work() -> Response:
+            return _answer(schemas.unknown_search(parts.recognizer.search_unknown(body.images, body.gallery, body.fpr)))
+
+        return await parts.workers.run(work)
 
 
 @router.post(
     "/evaluate",
+    response_model=schemas.EvaluateAnswer,
     tags=["service"],
     summary="Measure the rates on your own photos",
     responses={
@@ -229,7 +256,7 @@ async def search_unknown(request: Request, key: Reader) -> schemas.SearchUnknown
     },
     openapi_extra=request_body(schemas.EvaluateBody, {"archive": "UEsDBBQAAAAI…", "fpr": [0.1, 0.01]}),
 )
-async def evaluate(request: Request, _: Admin) -> schemas.EvaluateAnswer:
+async def evaluate(request: Request, _: Admin) -> Response:
     """Enrol the first photos of each person of a ZIP, search with the others and with strangers', and count.
 
     The ZIP holds a folder for each person, and one of strangers. Nothing of it is stored, and galleries are not
@@ -246,10 +273,10 @@ async def evaluate(request: Request, _: Admin) -> schemas.EvaluateAnswer:
             raise InvalidRequest(f"{exc}.") from None
         plan = Plan(fprs=tuple(dict.fromkeys(body.fpr)), enrol=body.enrol, groups=groups)
 
-        def work(checkpoint: Callable[[], None]) -> schemas.EvaluateAnswer:
+        def work(checkpoint: Callable[[], None]) -> Response:
             found = parts.recognizer.evaluate(body.archive, body.strangers, plan, parts.max_request_bytes, checkpoint)
             url = None if body.picture is None else pictures.data_url(found, body.picture)
-            return schemas.evaluation(found, url)
+            return _answer(schemas.evaluation(found, url))
 
         return await parts.workers.run_alone(work, request.is_disconnected, EVALUATION_SECONDS)
 
@@ -277,7 +304,7 @@ async def create_gallery(request: Request, key: Admin) -> schemas.Gallery:
     parts = _parts(request)
     body = await read_body(request, schemas.GalleryBody)
     key.require(body.gallery)
-    return schemas.gallery(await parts.workers.run(parts.recognizer.create_gallery, body.gallery))
+    return schemas.gallery(await parts.workers.run(lambda: parts.recognizer.create_gallery(body.gallery)))
 
 
 @router.get(
@@ -304,7 +331,10 @@ async def update_gallery(request: Request, gallery: GalleryName, key: Admin) -> 
     parts = _parts(request)
     key.require(gallery)
     body = await read_body(request, schemas.GalleryPatch)
-    return schemas.gallery(await parts.workers.run(parts.recognizer.set_own_calibration, gallery, body.own_calibration))
+    recognizer = parts.recognizer
+    return schemas.gallery(
+        await parts.workers.run(lambda: recognizer.set_own_calibration(gallery, body.own_calibration))
+    )
 
 
 @router.delete(
@@ -370,7 +400,8 @@ async def update_subject(
     parts = _parts(request)
     key.require(gallery)
     body = await read_body(request, schemas.SubjectPatch)
-    return schemas.subject(await parts.workers.run(parts.recognizer.update_subject, gallery, subject, body.metadata))
+    recognizer = parts.recognizer
+    return schemas.subject(await parts.workers.run(lambda: recognizer.update_subject(gallery, subject, body.metadata)))
 
 
 @router.delete(

@@ -593,6 +593,17 @@ def stored_face(template: domain.Template) -> StoredFace:
     )
 
 
+def detection(faces: list[domain.Face]) -> DetectAnswer:
+    return DetectAnswer(faces=[face(found) for found in faces])
+
+
+def embedding(model_id: str, faces: list[domain.EmbeddedFace]) -> EmbedAnswer:
+    return EmbedAnswer(
+        model_id=model_id,
+        faces=[EmbeddedFace(**face_fields(item.face), embedding=item.embedding.tolist()) for item in faces],
+    )
+
+
 def enrollment(done: domain.Enrollment) -> EnrollAnswer:
     return EnrollAnswer(
         subject=done.subject,

@@ -1,47 +1,101 @@
-"""How much photo work is in progress at once, and the end of patience."""
+"""How much photo work is in progress at once, how long it may wait, and the end of patience."""
 
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import ParamSpec, TypeVar
+from typing import TypeVar
 
 from anyio import CapacityLimiter, to_thread
 from starlette.requests import ClientDisconnect
 
 from service.errors import InvalidRequest, Overloaded
 
-P = ParamSpec("P")
 T = TypeVar("T")
+
+_WEIGHT = 1 / 16
+"""Weight of the last request in the mean time that one takes."""
+
+
+class Place:
+    """A request's place among those in progress."""
+
+    def __init__(self, workers: Workers) -> None:
+        self._workers = workers
+        self.held = 0
+
+    def hold(self, size: int) -> None:
+        """Count the body as ``size`` bytes at least. Raises ``Overloaded`` if that is too much."""
+        if size > self.held:
+            self._workers.take_bytes(size - self.held)
+            self.held = size
 
 
 class Workers:
-    """Runs photo work in threads, ``threads`` at a time; ``max_queue`` requests in all may be in progress."""
+    """Runs photo work in threads and bounds what waits for them.
 
-    def __init__(self, threads: int, max_queue: int) -> None:
-        self._limiter = CapacityLimiter(threads)
+    ``threads``: how many run at once. ``max_queue``: most requests in progress, with those whose body is being read.
+    ``max_wait``: seconds that one may wait for its turn. ``max_bytes``: most bytes of all their bodies together.
+    """
+
+    def __init__(self, threads: int, max_queue: int, max_wait: float, max_bytes: int) -> None:
+        self.threads = threads
         self._max_queue = max_queue
+        self._max_wait = max_wait
+        self._max_bytes = max_bytes
+        self._turns = asyncio.Semaphore(threads)
+        self._limiter = CapacityLimiter(threads)
         self._alone = CapacityLimiter(1)
         self._occupied = False
+        self._bytes = 0
+        self._seconds = 0.0
         self.in_progress = 0
 
     @asynccontextmanager
-    async def admitted(self) -> AsyncIterator[None]:
-        """Hold a request's place from before its body is read. Raises ``Overloaded`` when all are taken."""
-        if self.in_progress >= self._max_queue:
-            raise Overloaded("Every place is taken; try again shortly.", headers={"retry-after": "1"})
+    async def admitted(self) -> AsyncIterator[Place]:
+        """Hold a request's place from before its body is read.
+
+        Raises ``Overloaded`` at once when all are taken, or when those before it will take longer than it may wait.
+        """
+        if self.in_progress >= self._max_queue or self._expected_wait() > self._max_wait:
+            raise self._overloaded()
         self.in_progress += 1
+        place = Place(self)
         try:
-            yield
+            yield place
         finally:
             self.in_progress -= 1
+            self._bytes -= place.held
 
-    async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run ``work`` in a thread of its own and return what it returns."""
-        return await to_thread.run_sync(lambda: work(*args, **kwargs), limiter=self._limiter)
+    def take_bytes(self, count: int) -> None:
+        """Count more bytes of bodies. Raises ``Overloaded`` if that is too many."""
+        if self._bytes + count > self._max_bytes:
+            raise self._overloaded()
+        self._bytes += count
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """Run ``work`` in a thread when its turn comes, and return what it returns.
+
+        Raises ``Overloaded`` when that has not come in time.
+        """
+        if self._turns.locked():
+            try:
+                async with asyncio.timeout(self._max_wait):
+                    await self._turns.acquire()
+            except TimeoutError:
+                raise self._overloaded() from None
+        else:
+            await self._turns.acquire()
+        started = time.monotonic()
+        try:
+            return await to_thread.run_sync(work, limiter=self._limiter)
+        finally:
+            self._turns.release()
+            self._seconds += _WEIGHT * (time.monotonic() - started - self._seconds)
 
     @asynccontextmanager
     async def admitted_alone(self) -> AsyncIterator[None]:
@@ -82,3 +136,12 @@ class Workers:
         finally:
             left.set()
             watcher.cancel()
+
+    def _expected_wait(self) -> float:
+        """Seconds until the turn of one who comes now."""
+        ahead = self.in_progress + 1 - self.threads
+        return max(0, ahead) / self.threads * self._seconds
+
+    def _overloaded(self) -> Overloaded:
+        seconds = max(1, math.ceil(self._expected_wait()))
+        return Overloaded("Every place is taken; try again shortly.", headers={"retry-after": str(seconds)})

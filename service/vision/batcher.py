@@ -12,7 +12,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from service.errors import NotReady, Overloaded
+from service.errors import NotReady
 
 Crops: TypeAlias = NDArray[np.uint8]
 """Aligned crops, ``uint8[N, S, S, 3]``."""
@@ -23,60 +23,68 @@ Embeddings: TypeAlias = NDArray[np.float32]
 
 @dataclass(eq=False)
 class _Submission:
-    """``taken``: how many of its crops have left the queue. ``parts``: their embeddings, in order."""
+    """``taken``: how many of its crops have left the queue. ``parts``: embeddings, by their first crop."""
 
     crops: Crops
     future: Future[Embeddings]
     taken: int = 0
-    parts: list[Embeddings] = field(default_factory=list)
+    parts: dict[int, Embeddings] = field(default_factory=dict)
 
     @property
     def waiting(self) -> int:
         return len(self.crops) - self.taken
 
+    @property
+    def complete(self) -> bool:
+        return sum(map(len, self.parts.values())) == len(self.crops)
+
 
 @dataclass(frozen=True)
 class _Piece:
-    """What one submission contributes to one batch."""
+    """What one submission contributes to one batch, from its crop ``first`` on."""
 
     submission: _Submission
+    first: int
     crops: Crops
 
 
 class Batcher:
-    """One worker thread that runs ``embed`` on whatever waits, first come, first served.
+    """Worker threads that run ``embed`` on whatever waits, first come, first served.
 
-    ``embed``: ``uint8[N, S, S, 3]`` to ``float32[N, D]``; only ever called from the worker. ``max_batch``:
-    the most crops in one call. ``max_queue``: the most crops that may wait. The worker takes what is there
-    as soon as it is free and never lingers for more: a lone request pays nothing for the batching, and
-    under load the queue fills the batches by itself.
+    ``embed``: ``uint8[N, S, S, 3]`` to ``float32[N, D]``; only ever called from the workers. ``max_batch``:
+    the most crops in one call. ``workers``: how many calls at once. A worker takes what is there as soon as it
+    is free and never lingers for more: a lone request pays nothing for the batching, and under load the queue
+    fills the batches by itself. The queue has no bound of its own: whoever submits waits for the answer, and
+    how many may do so at once is decided where requests are admitted.
     """
 
-    def __init__(self, embed: Callable[[Crops], Embeddings], max_batch: int, max_queue: int) -> None:
-        if max_batch < 1 or max_queue < 1:
-            raise ValueError(f"max_batch and max_queue must be at least 1, not {max_batch} and {max_queue}")
+    def __init__(self, embed: Callable[[Crops], Embeddings], max_batch: int, workers: int = 1) -> None:
+        if max_batch < 1 or workers < 1:
+            raise ValueError(f"max_batch and workers must be at least 1, not {max_batch} and {workers}")
         self._embed = embed
         self._max_batch = max_batch
-        self._max_queue = max_queue
         self._queue: deque[_Submission] = deque()
-        self._batch: list[_Piece] = []
+        self._unanswered: set[_Submission] = set()
         self._changed = threading.Condition()
         self._closed = False
         self._dead = False
-        self._worker = threading.Thread(target=self._work, name="embedder", daemon=True)
-        self._worker.start()
+        self._workers = [
+            threading.Thread(target=self._work, name=f"embedder {number}", daemon=True) for number in range(workers)
+        ]
+        for worker in self._workers:
+            worker.start()
 
     @property
     def alive(self) -> bool:
-        """Whether crops are taken: False for good once it is closed or its worker has died."""
+        """Whether crops are taken: False for good once it is closed or a worker has died."""
         with self._changed:
             return not (self._closed or self._dead)
 
     @property
     def waiting(self) -> int:
-        """Crops in the queue, without those that are being embedded now."""
+        """Crops in the queue, without those that are being embedded now, and those given up."""
         with self._changed:
-            return self._waiting()
+            return sum(item.waiting for item in self._queue if not item.future.cancelled())
 
     def submit(self, crops: Crops) -> Future[Embeddings]:
         """Queue ``uint8[N, S, S, 3]``; the future gives ``float32[N, D]`` in the same order, once.
@@ -85,21 +93,17 @@ class Batcher:
         Whatever a run raises goes to each future with crops in it and to no other; a future that is
         cancelled before its first run costs no run.
 
-        Raises :class:`~service.errors.Overloaded` if more than ``max_queue`` crops would wait, except that an
-        empty queue takes any number, as otherwise they could never be embedded. Raises
-        :class:`~service.errors.NotReady` if the batcher is closed or its worker has died, and ValueError if
+        Raises :class:`~service.errors.NotReady` if the batcher is closed or a worker has died, and ValueError if
         the array is of another shape or type.
         """
         if crops.ndim != 4 or crops.shape[3] != 3 or crops.dtype != np.uint8:
             raise ValueError(f"crops must be uint8[N, S, S, 3], not {crops.dtype}{list(crops.shape)}")
+        submission = _Submission(crops, Future())
         with self._changed:
             if self._closed or self._dead:
                 raise NotReady("The embedder has stopped")
-            waiting = self._waiting()
-            if waiting > 0 and waiting + len(crops) > self._max_queue:
-                raise Overloaded(f"{waiting} faces are waiting already", headers={"Retry-After": "1"})
-            submission = _Submission(crops, Future())
             self._queue.append(submission)
+            self._unanswered.add(submission)
             self._changed.notify()
         return submission.future
 
@@ -107,12 +111,9 @@ class Batcher:
         """Take nothing more, embed what is queued, and wait until it is done. Repeated calls are harmless."""
         with self._changed:
             self._closed = True
-            self._changed.notify()
-        self._worker.join()
-
-    def _waiting(self) -> int:
-        # Counted afresh each time, so that a request which is given up makes room at once.
-        return sum(item.waiting for item in self._queue if not item.future.cancelled())
+            self._changed.notify_all()
+        for worker in self._workers:
+            worker.join()
 
     def _work(self) -> None:
         try:
@@ -127,11 +128,10 @@ class Batcher:
     def _take(self) -> list[_Piece]:
         """The next batch; empty when closed and nothing is left. Its crops are all of one shape."""
         with self._changed:
-            # Filled in place: a submission is at every moment in the queue or in the batch, where _die looks.
-            pieces = self._batch = []
+            pieces: list[_Piece] = []
             room = self._max_batch
             while not pieces:
-                self._changed.wait_for(lambda: self._queue or self._closed)
+                self._changed.wait_for(lambda: self._queue or self._closed or self._dead)
                 if not self._queue:
                     return []
                 while self._queue and room > 0:
@@ -140,14 +140,17 @@ class Batcher:
                         break
                     if submission.taken == 0 and not submission.future.set_running_or_notify_cancel():
                         self._queue.popleft()
+                        self._unanswered.discard(submission)
                         continue
                     end = min(submission.taken + room, len(submission.crops))
-                    piece = _Piece(submission, submission.crops[submission.taken : end])
+                    piece = _Piece(submission, submission.taken, submission.crops[submission.taken : end])
                     pieces.append(piece)
                     room -= len(piece.crops)
                     submission.taken = end
                     if submission.waiting == 0:
                         self._queue.popleft()
+            if self._queue:
+                self._changed.notify()
             return pieces
 
     def _run(self, pieces: list[_Piece]) -> None:
@@ -162,30 +165,37 @@ class Batcher:
         start = 0
         for piece in pieces:
             end = start + len(piece.crops)
-            piece.submission.parts.append(embeddings[start:end])
+            submission = piece.submission
+            with self._changed:
+                submission.parts[piece.first] = embeddings[start:end]
+                # Another worker may have failed with the rest, or died.
+                ready = submission.complete and submission in self._unanswered
+                if ready:
+                    self._unanswered.discard(submission)
             start = end
-            if piece.submission.waiting == 0:
+            if ready:
                 # This copies, so that nobody sees, or keeps alive, the embeddings of the others in the batch.
-                piece.submission.future.set_result(np.concatenate(piece.submission.parts))
+                submission.future.set_result(np.concatenate([part for _, part in sorted(submission.parts.items())]))
 
     def _fail(self, pieces: list[_Piece], error: Exception) -> None:
-        failed = [piece.submission for piece in pieces]
         with self._changed:
+            failed = [piece.submission for piece in pieces if piece.submission in self._unanswered]
+            self._unanswered.difference_update(failed)
             # The rest of a split submission is of no use to anybody.
-            while self._queue and self._queue[0] in failed:
-                self._queue.popleft()
+            self._queue = deque(item for item in self._queue if item not in failed)
         for submission in failed:
             submission.future.set_exception(error)
 
     def _die(self, error: BaseException) -> None:
         with self._changed:
             self._dead = True
-            left = [piece.submission for piece in self._batch]
-            left += [item for item in self._queue if item not in left]
+            left = list(self._unanswered)
+            self._unanswered.clear()
             self._queue.clear()
+            self._changed.notify_all()
         for submission in left:
             future = submission.future
-            if future.done() or not (future.running() or future.set_running_or_notify_cancel()):
+            if not (future.running() or future.set_running_or_notify_cancel()):
                 continue
             stopped = NotReady("The embedder has stopped")
             stopped.__cause__ = error

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from service.errors import NotReady, Overloaded
+from service.errors import NotReady
 from service.vision.batcher import Batcher
 from service.vision.embedder import Embedder
 
@@ -70,7 +70,7 @@ def engine() -> Engine:
 
 @pytest.fixture
 def batcher(engine: Engine) -> Iterator[Batcher]:
-    batcher = Batcher(engine, max_batch=8, max_queue=10)
+    batcher = Batcher(engine, max_batch=8)
     yield batcher
     engine.go.set()
     batcher.close()
@@ -103,22 +103,9 @@ def test_a_submission_may_be_spread_over_runs(batcher: Batcher, engine: Engine) 
     assert engine.sizes == [1, 8, 2]
 
 
-def test_an_empty_queue_takes_more_than_it_may_hold(batcher: Batcher, engine: Engine) -> None:
+def test_more_than_a_batch_takes_several_runs(batcher: Batcher, engine: Engine) -> None:
     assert numbers_of(batcher.submit(numbered(*range(25))).result(WAIT)) == list(range(25))
     assert engine.sizes == [8, 8, 8, 1]
-
-
-def test_a_full_queue_says_when_to_come_back(batcher: Batcher, engine: Engine) -> None:
-    engine.hold(batcher)
-    queued = batcher.submit(numbered(*range(1, 10)))
-    last = batcher.submit(numbered(10))
-    with pytest.raises(Overloaded) as caught:
-        batcher.submit(numbered(11))
-    assert caught.value.headers == {"Retry-After": "1"}
-    engine.go.set()
-    assert numbers_of(queued.result(WAIT)) == list(range(1, 10))
-    assert numbers_of(last.result(WAIT)) == [10]
-    assert numbers_of(batcher.submit(numbered(11)).result(WAIT)) == [11]
 
 
 def test_what_is_left_of_a_large_submission_counts_as_waiting(batcher: Batcher, engine: Engine) -> None:
@@ -126,8 +113,6 @@ def test_what_is_left_of_a_large_submission_counts_as_waiting(batcher: Batcher, 
     large = batcher.submit(numbered(*range(20)))
     assert engine.started.wait(WAIT)
     assert batcher.waiting == 12
-    with pytest.raises(Overloaded):
-        batcher.submit(numbered(99))
     engine.go.set()
     assert len(large.result(WAIT)) == 20
 
@@ -163,7 +148,7 @@ def test_what_is_not_crops_is_refused(batcher: Batcher, crops: NDArray[np.uint8]
 
 def test_a_failed_run_fails_for_everyone_in_it_and_for_nobody_else() -> None:
     engine = Engine(poison=13)
-    batcher = Batcher(engine, max_batch=4, max_queue=100)
+    batcher = Batcher(engine, max_batch=4)
     first = engine.hold(batcher)
     together = [batcher.submit(numbered(1, 2)), batcher.submit(numbered(13)), batcher.submit(numbered(3))]
     after = batcher.submit(numbered(4, 5))
@@ -180,7 +165,7 @@ def test_a_failed_run_fails_for_everyone_in_it_and_for_nobody_else() -> None:
 
 def test_a_submission_that_failed_in_part_is_not_run_on() -> None:
     engine = Engine(poison=13)
-    batcher = Batcher(engine, max_batch=4, max_queue=100)
+    batcher = Batcher(engine, max_batch=4)
     engine.hold(batcher)
     spread, after = batcher.submit(numbered(1, 2, 13, *range(20, 40))), batcher.submit(numbered(4))
     engine.go.set()
@@ -193,7 +178,7 @@ def test_a_submission_that_failed_in_part_is_not_run_on() -> None:
 
 def test_a_submission_whose_last_part_fails_fails_once() -> None:
     engine = Engine(poison=13)
-    batcher = Batcher(engine, max_batch=4, max_queue=100)
+    batcher = Batcher(engine, max_batch=4)
     engine.hold(batcher)
     spread, sharing = batcher.submit(numbered(1, 2, 3, 4, 5)), batcher.submit(numbered(13))
     engine.go.set()
@@ -205,14 +190,14 @@ def test_a_submission_whose_last_part_fails_fails_once() -> None:
 
 
 def test_an_embedder_that_loses_a_crop_is_an_error() -> None:
-    batcher = Batcher(lambda crops: np.zeros((len(crops) - 1, 2), np.float32), max_batch=4, max_queue=4)
+    batcher = Batcher(lambda crops: np.zeros((len(crops) - 1, 2), np.float32), max_batch=4)
     with pytest.raises(RuntimeError, match="2 crops gave 1 embeddings"):
         batcher.submit(numbered(1, 2)).result(WAIT)
     assert batcher.alive
     batcher.close()
 
 
-def test_a_cancelled_submission_is_not_run_and_makes_room(batcher: Batcher, engine: Engine) -> None:
+def test_a_cancelled_submission_is_not_run(batcher: Batcher, engine: Engine) -> None:
     engine.hold(batcher)
     given_up, kept = batcher.submit(numbered(*range(1, 10))), batcher.submit(numbered(10))
     assert given_up.cancel()
@@ -236,7 +221,7 @@ def test_a_submission_that_runs_cannot_be_cancelled(batcher: Batcher, engine: En
 @pytest.mark.parametrize("error", [SystemExit(1), KeyboardInterrupt(), GeneratorExit()])
 def test_nobody_waits_for_a_dead_worker(error: BaseException) -> None:
     engine = Engine(poison=13, error=error)
-    batcher = Batcher(engine, max_batch=2, max_queue=100)
+    batcher = Batcher(engine, max_batch=2)
     first = engine.hold(batcher)
     given_up = batcher.submit(numbered(1))
     given_up.cancel()
@@ -282,26 +267,65 @@ def test_a_callback_may_submit(batcher: Batcher) -> None:
     assert numbers_of(second.result(WAIT).result(WAIT)) == [2]
 
 
-@pytest.mark.parametrize(("max_batch", "max_queue"), [(0, 1), (1, 0), (-1, 5)])
-def test_limits_are_positive(max_batch: int, max_queue: int) -> None:
+@pytest.mark.parametrize(("max_batch", "workers"), [(0, 1), (1, 0), (-1, 5)])
+def test_limits_are_positive(max_batch: int, workers: int) -> None:
     with pytest.raises(ValueError, match="at least 1"):
-        Batcher(Engine(), max_batch, max_queue)
+        Batcher(Engine(), max_batch, workers)
 
 
-def test_many_threads_get_their_own() -> None:
-    batcher = Batcher(Engine(poison=255), max_batch=7, max_queue=40)
+class Meeting:
+    """An embedder of which two runs must be in progress at once."""
+
+    def __init__(self) -> None:
+        self._barrier = threading.Barrier(2)
+
+    def __call__(self, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
+        self._barrier.wait(WAIT)
+        return crops[:, 0, 0, :2].astype(np.float32)
+
+
+def test_two_workers_run_at_once() -> None:
+    batcher = Batcher(Meeting(), max_batch=1, workers=2)
+    one, other = batcher.submit(numbered(1)), batcher.submit(numbered(2))
+    assert [numbers_of(future.result(WAIT)) for future in (one, other)] == [[1], [2]]
+    batcher.close()
+
+
+def test_two_workers_share_a_large_submission() -> None:
+    batcher = Batcher(Meeting(), max_batch=2, workers=2)
+    assert numbers_of(batcher.submit(numbered(*range(8))).result(WAIT)) == list(range(8))
+    batcher.close()
+
+
+def test_when_one_worker_dies_nobody_waits_for_the_others() -> None:
+    engine = Engine(poison=13, error=SystemExit(1))
+    batcher = Batcher(engine, max_batch=1, workers=2)
+    held = engine.hold(batcher)
+    engine.started.clear()
+    deadly = batcher.submit(numbered(13))
+    assert engine.started.wait(WAIT)
+    behind = batcher.submit(numbered(2))
+    engine.go.set()
+    with pytest.raises(NotReady):
+        deadly.result(WAIT)
+    for future in (held, behind):
+        # Either it was embedded before the other worker died, or it is told.
+        assert future.exception(WAIT) is None or isinstance(future.exception(), NotReady)
+    assert not batcher.alive
+    batcher.close()
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_many_threads_get_their_own(workers: int) -> None:
+    batcher = Batcher(Engine(poison=255), max_batch=7, workers=workers)
 
     def client(seed: int) -> dict[str, int]:
         chance = random.Random(seed)
-        seen = dict.fromkeys(("embedded", "failed", "cancelled", "refused"), 0)
+        seen = dict.fromkeys(("embedded", "failed", "cancelled"), 0)
         for _ in range(150):
             numbers = [chance.randrange(250) for _ in range(chance.randrange(0, 20))]
             crops = numbered(*numbers, *([255] if chance.random() < 0.02 else []))
-            try:
-                future = batcher.submit(crops)
-            except Overloaded:
-                seen["refused"] += 1
-                continue
+            future = batcher.submit(crops)
             if chance.random() < 0.1 and future.cancel():
                 seen["cancelled"] += 1
                 continue
@@ -322,7 +346,7 @@ def test_many_threads_get_their_own() -> None:
 
 def test_with_the_bundled_embedder() -> None:
     embedder = Embedder.load(MODELS / "dlib-resnet", threads=2)
-    batcher = Batcher(embedder.embed, max_batch=4, max_queue=100)
+    batcher = Batcher(embedder.embed, max_batch=4)
     crops = np.random.default_rng(6).integers(0, 256, (9, 150, 150, 3), dtype=np.uint8)
     futures = [batcher.submit(crops[start:end]) for start, end in ((0, 1), (1, 3), (3, 8), (8, 9))]
     result = np.concatenate([future.result(WAIT) for future in futures])
