@@ -24,9 +24,12 @@ from service.app import (
     open_parts,
     open_repository,
 )
+from service.client import Client, ClientError, Refused
+from service.domain import DEFAULT_GALLERY, MAX_ENROLL_PHOTOS
 from service.errors import FprUnsupported
 from service.evaluation import FPRS, STRANGERS, Plan, laid_out, read_groups, table
 from service.evaluation import evaluate as evaluate_shots
+from service.layout import lots, people
 from service.recognizer import acquire
 from service.recognizer import reembed as reembed_templates
 from service.settings import Settings
@@ -136,6 +139,56 @@ def evaluate(
     typer.echo(table(found))
 
 
+@app.command()
+def enroll(
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="DIR", exists=True, file_okay=False, help="A folder with photos for each person."),
+    ],
+    url: Annotated[str, typer.Option(envvar="VULTUS_URL", help="Where the service runs.")] = "http://127.0.0.1:8000",
+    key: Annotated[
+        str | None, typer.Option(envvar="VULTUS_KEY", help="Its key of role write; better given by the variable.")
+    ] = None,
+    gallery: Annotated[str, typer.Option(help="The gallery to enrol into.")] = DEFAULT_GALLERY,
+    allow_conflict: Annotated[bool, typer.Option(help="Enrol even if photos show another subject.")] = False,
+    jobs: Annotated[int, typer.Option(min=1, max=32, help="Requests at once.")] = 4,
+) -> None:
+    """Enrol everybody in a folder at a running service. It can be interrupted and repeated.
+
+    The photos that were not enrolled are printed with the reason: file, code and detail, separated by tabs. The exit
+    status is 1 if there are any, and 2 if the service could not be used.
+    """
+    with _explained():
+        found, ignored = people(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        if not found:
+            raise ValueError(f"In {folder} there are no photos in folders: each person needs one.")
+        refused: list[Refused] = []
+        enrolled = 0
+        try:
+            with (
+                Client(url, key) as client,
+                typer.progressbar(length=len(found), label="photos", file=sys.stderr) as bar,
+            ):
+                waiting = list(lots(found, MAX_ENROLL_PHOTOS))
+                for result in client.enroll(folder, waiting, gallery, allow_conflict=allow_conflict, jobs=jobs):
+                    enrolled += result.enrolled
+                    refused += result.refused
+                    bar.update(result.enrolled + len(result.refused))
+        finally:
+            for photo in sorted(refused, key=lambda photo: photo.file):
+                typer.echo(f"{photo.file}\t{photo.code}\t{photo.detail}")
+            left = len(found) - enrolled - len(refused)
+            typer.echo(
+                f"{enrolled} photos are enrolled, {len(refused)} are not"
+                + (f", and {left} are left: run the same again" if left else "")
+                + (f"; {ignored} other files" if ignored else "")
+                + ".",
+                err=True,
+            )
+    if refused:
+        raise typer.Exit(1)
+
+
 @keys.command("add")
 def keys_add(
     name: Annotated[str, typer.Argument(help="What the key is for; shown in `vultus keys list`.")],
@@ -183,7 +236,7 @@ def _explained() -> Iterator[None]:
         for error in exc.errors(include_input=False):
             typer.echo(f"VULTUS_{'_'.join(map(str, error['loc'])).upper()}: {error['msg']}", err=True)
         raise typer.Exit(2) from None
-    except (StartError, ModelError, FprUnsupported, OSError, ValueError) as exc:
+    except (StartError, ModelError, FprUnsupported, ClientError, OSError, ValueError) as exc:
         typer.echo(f"vultus: {exc}", err=True)
         raise typer.Exit(2) from None
 

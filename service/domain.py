@@ -7,6 +7,7 @@ when the face is upright in it.
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal, TypeAlias
@@ -30,6 +31,11 @@ LANDMARK_NAMES = ("left_eye", "right_eye", "nose", "mouth_left", "mouth_right")
 """The order of the rows of :data:`Landmarks`."""
 
 DEFAULT_GALLERY = "default"
+
+MAX_SUBJECT_NAME = 256
+
+MAX_ENROLL_PHOTOS = 20
+"""Most photos that are enrolled in one go, and compared with one another."""
 
 Basis: TypeAlias = Literal["model", "gallery", "both"]
 """Whose similarities a threshold rests on."""
@@ -146,6 +152,14 @@ class NewTemplate:
     face: Face
     embedding: Embedding
     portrait: Portrait | None
+
+
+@dataclass(frozen=True)
+class EnrolledPhoto:
+    """What is kept of a photo that a subject has already."""
+
+    face: Face
+    embedding: Embedding
 
 
 @dataclass(frozen=True)
@@ -270,6 +284,46 @@ class Enrollment:
     model_id: str
     templates: tuple[Template, ...]
     rejected: tuple[Rejected, ...]
+
+
+@dataclass(frozen=True)
+class RejectedFile:
+    """A file of an archive that could not be enrolled; ``code`` is of the error list."""
+
+    file: str
+    code: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class ConflictingFile:
+    """A file of an archive that shows another subject; the rest as in :class:`Conflict`."""
+
+    file: str
+    subject: str
+    face_id: str
+    similarity: float
+    threshold: float
+
+
+@dataclass(frozen=True)
+class PersonEnrollment:
+    """What became of a person's folder in an archive. ``faces``: how many of its photos are enrolled now."""
+
+    subject: str
+    faces: int
+    rejected: tuple[RejectedFile, ...]
+    conflicts: tuple[ConflictingFile, ...]
+
+
+@dataclass(frozen=True)
+class BatchEnrollment:
+    """What became of an archive. ``ignored``: how many of its files are no photos."""
+
+    gallery: str
+    model_id: str
+    people: tuple[PersonEnrollment, ...]
+    ignored: int
 
 
 @dataclass(frozen=True)
@@ -468,3 +522,16 @@ class Evaluation:
     det: tuple[DetPoint, ...]
     failures: tuple[FailedPhoto, ...]
     notes: tuple[str, ...]
+
+
+def subject_name(value: str) -> str:
+    """Return ``value`` if a subject may be called so. Raises ValueError, which says what is wrong with it."""
+    if not value.strip():
+        raise ValueError("must not be blank")
+    if len(value) > MAX_SUBJECT_NAME:
+        raise ValueError(f"must not exceed {MAX_SUBJECT_NAME} characters")
+    if value in (".", ".."):
+        raise ValueError("must not be . or .., which no URL can name")
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in value):
+        raise ValueError("must not hold control characters")
+    return value

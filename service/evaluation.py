@@ -38,6 +38,7 @@ from service.domain import (
     IndexEntries,
     OperatingPoint,
 )
+from service.layout import people
 from service.own_calibration import OwnCalibrations
 
 FPRS = (0.1, 0.03, 0.01, 0.001)
@@ -56,9 +57,6 @@ ENOUGH_ERRORS = 30
 NONE_SEEN = 3.0
 """Over the number of people, the rate that may be true although none had an error (Hanley & Lippman-Hand 1983, "If
 nothing goes wrong, is everything all right?", the rule of three)."""
-
-PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"})
-"""Endings, in lower case, of the files that count as photos."""
 
 _GALLERY = "evaluation"
 _BLOCK = 512
@@ -105,18 +103,14 @@ def laid_out(files: Iterable[str], strangers: str = STRANGERS) -> tuple[list[Pla
     its own; a folder in it is one stranger. Hidden files and folders are passed over, and do not count. Raises
     ValueError if there are no people, or nothing but one folder.
     """
-    placed, ignored = [], 0
-    for file in sorted(files):
-        parts = PurePosixPath(file).parts
-        if any(part.startswith(".") or part == "__MACOSX" for part in parts):
-            continue
-        if len(parts) < 2 or PurePosixPath(file).suffix.lower() not in PHOTO_SUFFIXES:
-            ignored += 1
-        elif parts[0] == strangers:
-            placed.append(Placed(file, "/".join(parts[:2]), True))
-        else:
-            placed.append(Placed(file, parts[0], False))
-    folders = {PurePosixPath(photo.file).parts[0] for photo in placed}
+    photos, ignored = people(files)
+    placed = [
+        Placed(file, "/".join(PurePosixPath(file).parts[:2]), True)
+        if person == strangers
+        else Placed(file, person, False)
+        for person, file in photos
+    ]
+    folders = {person for person, _ in photos}
     if not folders - {strangers}:
         raise ValueError("there are no photos of people: each person needs a folder with photos in it")
     if len(folders) < 2:

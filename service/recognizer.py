@@ -18,13 +18,16 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from service import decision, evaluation
-from service.archive import read_archive
+from service import decision, evaluation, layout
+from service.archive import Archive, read_archive
 from service.calibration import Calibration
 from service.domain import (
     DEFAULT_GALLERY,
+    MAX_ENROLL_PHOTOS,
+    BatchEnrollment,
     Candidate,
     Conflict,
+    ConflictingFile,
     Decision,
     Drift,
     EmbeddedFace,
@@ -39,7 +42,9 @@ from service.domain import (
     NewTemplate,
     OperatingPoint,
     OwnCalibrationMode,
+    PersonEnrollment,
     Rejected,
+    RejectedFile,
     Removal,
     SeenFace,
     SimilarFaces,
@@ -47,6 +52,7 @@ from service.domain import (
     Template,
     UnknownSearch,
     Verification,
+    subject_name,
 )
 from service.drift import Histogram, Probes
 from service.errors import (
@@ -172,20 +178,31 @@ class Recognizer:
         Photos that cannot be used are listed in ``rejected``, and so are those that show another person than most of
         them; if that is all of them, the first one's error is raised, with ``rejected`` among its members. If another
         subject is found in a photo, ``EnrolledElsewhere`` is raised and nothing is stored, unless ``allow_conflict``.
-        When this returns, the accepted faces are on disk.
+        A photo that the subject has already is not looked at again. When this returns, the accepted faces are on disk.
         """
         self._require(gallery)
-        accepted: list[tuple[int, bytes, Image, Face]] = []
+        digests = [hashlib.sha256(photo).hexdigest() for photo in photos]
+        known = self.repository.enrolled_photos(gallery, subject, digests)
+        accepted: list[tuple[int, Face, Image | None]] = []
         rejected: list[Rejected] = []
-        for position, photo in enumerate(photos):
+        for position, (photo, digest) in enumerate(zip(photos, digests, strict=True)):
+            if digest in known:
+                accepted.append((position, known[digest].face, None))
+                continue
             try:
                 image, faces = self._see(photo)
-                accepted.append((position, photo, image, one_usable(faces)))
+                accepted.append((position, one_usable(faces), image))
             except PhotoError as exc:
                 rejected.append(Rejected(position, exc.code, exc.detail))
         if not accepted:
             raise NothingAccepted(rejected)
-        embeddings = self._embed([(image, face) for _, _, image, face in accepted])
+        looked_at = iter(self._embed([(image, face) for _, face, image in accepted if image is not None]))
+        embeddings = np.stack(
+            [
+                known[digests[position]].embedding if image is None else next(looked_at)
+                for position, _, image in accepted
+            ]
+        )
         same = decision.siblings(embeddings, self._sibling_threshold(len(accepted)))
         rejected += [
             Rejected(item[0], IdentityMismatch.code, "This photo does not show whom the others show.")
@@ -197,23 +214,64 @@ class Recognizer:
         embeddings = embeddings[same]
         new = [
             NewTemplate(
-                hashlib.sha256(photo).hexdigest(),
+                digests[position],
                 self.model_id,
                 face,
                 embedding,
-                cut_portrait(image, face) if self._options.keep_crops else None,
+                None if image is None or not self._options.keep_crops else cut_portrait(image, face),
             )
-            for (_, photo, image, face), embedding in zip(accepted, embeddings, strict=True)
+            for (position, face, image), embedding in zip(accepted, embeddings, strict=True)
         ]
         with self._writing:
             mode = self._require(gallery)
             # Under the lock: of two who enrol one person under two names at once the second finds the first.
-            if not allow_conflict:
-                self._refuse_conflicts(gallery, mode, subject, [position for position, *_ in accepted], embeddings)
-            templates, entries = self.repository.enroll(gallery, subject, metadata, new)
-            self._index.add(entries)
-            self._own.add(entries)
-        return Enrollment(subject, gallery, self.model_id, tuple(templates), tuple(rejected))
+            if not known or len(self.repository.enrolled_photos(gallery, subject, list(known))) == len(known):
+                if not allow_conflict:
+                    self._refuse_conflicts(gallery, mode, subject, [position for position, *_ in accepted], embeddings)
+                templates, entries = self.repository.enroll(gallery, subject, metadata, new)
+                self._index.add(entries)
+                self._own.add(entries)
+                return Enrollment(subject, gallery, self.model_id, tuple(templates), tuple(rejected))
+        # A face that was known has been deleted meanwhile: its photo is looked at after all.
+        return self.enroll(gallery, subject, photos, metadata, allow_conflict=allow_conflict)
+
+    def enroll_archive(
+        self,
+        archive: bytes,
+        gallery: str,
+        max_bytes: int,
+        checkpoint: Callable[[], None],
+        *,
+        allow_conflict: bool = False,
+    ) -> BatchEnrollment:
+        """Enrol everybody in a ZIP with a folder of photos for each person, one after the other, as ``enroll`` does.
+
+        Of a person with more than :data:`~service.domain.MAX_ENROLL_PHOTOS` photos so many are enrolled at a time.
+        ``max_bytes``: limit on what the ZIP holds, unpacked. ``checkpoint``: called before each time; what it raises
+        ends the work, and what is enrolled by then stays, as with every other error on the way. Sent again, the same
+        archive goes on where it was. Raises ``InvalidArchive`` and ``ImageTooLarge`` before anybody is enrolled.
+        """
+        self._require(gallery)
+        with read_archive(archive, max_bytes) as files:
+            photos, ignored = layout.people(files.names)
+            if not photos:
+                raise InvalidArchive("In the archive there are no photos in folders: each person needs one.")
+            people: dict[str, PersonEnrollment] = {}
+            for person, _ in photos:
+                try:
+                    people[person] = PersonEnrollment(subject_name(person), 0, (), ())
+                except ValueError as exc:
+                    raise InvalidArchive(f"A folder's name cannot be a subject's: it {exc}.") from None
+            for lot in layout.lots(photos, MAX_ENROLL_PHOTOS):
+                checkpoint()
+                done, before = self._enroll_lot(files, lot, gallery, allow_conflict), people[lot.person]
+                people[lot.person] = PersonEnrollment(
+                    lot.person,
+                    before.faces + done.faces,
+                    before.rejected + done.rejected,
+                    before.conflicts + done.conflicts,
+                )
+        return BatchEnrollment(gallery, self.model_id, tuple(people.values()), ignored)
 
     def identify(self, photo: bytes, gallery: str, fpr: float | None, top_k: int) -> Identification:
         """Say of every face in a photo who in the gallery it is, or that it is nobody there. Raises ``NoFace``."""
@@ -445,6 +503,40 @@ class Recognizer:
             return copy.deepcopy(self._probes.similarities)
 
     # --- steps
+
+    def _enroll_lot(self, files: Archive, lot: layout.Lot, gallery: str, allow_conflict: bool) -> PersonEnrollment:
+        names: list[str] = []
+        photos: list[bytes] = []
+        rejected: list[RejectedFile] = []
+        for name in lot.files:
+            try:
+                # Of a photo that is too large only so much is read; its own check then names the limit.
+                photos.append(files.read(name, self._options.max_image_bytes + 1))
+                names.append(name)
+            except InvalidArchive as exc:
+                rejected.append(RejectedFile(name, exc.code, exc.detail))
+        faces = 0
+        unusable: tuple[Rejected, ...] = ()
+        conflicts: tuple[ConflictingFile, ...] = ()
+        try:
+            if photos:
+                done = self.enroll(gallery, lot.person, photos, None, allow_conflict=allow_conflict)
+                faces, unusable = len(done.templates), done.rejected
+        except NothingAccepted as exc:
+            unusable = exc.rejected
+        except EnrolledElsewhere as exc:
+            conflicts = tuple(
+                ConflictingFile(names[item.index], item.subject, item.face_id, item.similarity, item.threshold)
+                for item in exc.conflicts
+            )
+            elsewhere = {conflict.index for conflict in exc.conflicts}
+            unusable = tuple(
+                Rejected(index, exc.code, "Another photo of this person shows somebody else, and nothing was stored.")
+                for index in range(len(names))
+                if index not in elsewhere
+            )
+        rejected += [RejectedFile(names[item.index], item.code, item.detail) for item in unusable]
+        return PersonEnrollment(lot.person, faces, tuple(rejected), conflicts)
 
     def _sibling_threshold(self, photos: int) -> float:
         fpr = max(SIBLING_FPR, self._calibration.smallest_fmr)

@@ -21,6 +21,7 @@ MIDDLE = (
     "service.drift",
     "service.evaluation",
     "service.archive",
+    "service.layout",
     "service.own_calibration",
 )
 
@@ -35,9 +36,11 @@ ALLOWED: dict[str, set[str]] = {
     "service.decision": BOTTOM,
     "service.calibration": BOTTOM,
     "service.drift": BOTTOM,
-    "service.evaluation": BOTTOM | {"service.calibration", "service.own_calibration"},
+    "service.evaluation": BOTTOM | {"service.calibration", "service.layout", "service.own_calibration"},
     "service.own_calibration": BOTTOM | {"service.calibration"},
     "service.archive": BOTTOM,
+    "service.layout": set(),
+    "service.client": {"service.layout"},
     "service.pictures": BOTTOM,
     "service.recognizer": BOTTOM | set(MIDDLE),
     "service.api": BOTTOM

@@ -70,6 +70,52 @@ def test_an_enrolment_whose_commit_fails_is_in_no_index(recognizer: Recognizer) 
     assert [subject.name for subject in recognizer.subjects("default", 0, 10)[0]] == ["B"]
 
 
+def test_a_photo_that_a_subject_has_is_not_looked_at_again(
+    recognizer: Recognizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = [photo("obama.jpg"), photo("biden.jpg"), photo("obama2.jpg")]
+    first = recognizer.enroll("default", "A", photos, None)
+    assert [(item.index, item.code) for item in first.rejected] == [(1, "identity_mismatch")]
+    looked_at: list[bytes] = []
+    see = recognizer._see
+
+    def noted(data: bytes) -> Any:
+        looked_at.append(data)
+        return see(data)
+
+    monkeypatch.setattr(recognizer, "_see", noted)
+    again = recognizer.enroll("default", "A", photos, None)
+    # The known ones still tell that the other shows somebody else.
+    assert [item.face_id for item in again.templates] == [item.face_id for item in first.templates]
+    assert again.rejected == first.rejected
+    assert looked_at == [photos[1]]
+    assert recognizer.enroll("default", "B", [photo("biden.jpg")], None).templates[0].subject == "B"
+    assert len(looked_at) == 2
+    # What was deleted is looked at again.
+    recognizer.delete_face(first.templates[0].face_id)
+    assert len(recognizer.enroll("default", "A", photos[:1], None).templates) == 1
+    assert looked_at[2:] == photos[:1]
+
+
+def test_a_known_photo_that_is_deleted_meanwhile_is_looked_at_after_all(
+    recognizer: Recognizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (old,) = recognizer.enroll("default", "A", [photo("obama.jpg")], None).templates
+    embed = recognizer._embed
+
+    def deleting(faces: Any) -> Any:
+        monkeypatch.setattr(recognizer, "_embed", embed)
+        recognizer.delete_face(old.face_id)
+        return embed(faces)
+
+    monkeypatch.setattr(recognizer, "_embed", deleting)
+    done = recognizer.enroll("default", "A", [photo("obama.jpg"), photo("obama2.jpg")], None)
+    assert len(done.templates) == 2
+    assert old.face_id not in {template.face_id for template in done.templates}
+    # With a crop, as if it had never been there.
+    assert len(recognizer.repository.portraits("another model", 0, 9)) == 2
+
+
 def test_the_threshold_rises_as_the_gallery_grows(recognizer: Recognizer) -> None:
     first, _, _, _ = recognizer.operating_points("default", 0.01)
     recognizer.enroll("default", "A", [photo("obama.jpg"), photo("obama2.jpg")], None)

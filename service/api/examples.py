@@ -42,6 +42,33 @@ ANSWERS: dict[str, dict[str, Any]] = {
         "faces": [{**_FACE, "face_id": _FACE_ID}],
         "rejected": [{"index": 1, "code": "no_face", "detail": "No face was found in the photo"}],
     },
+    "EnrollBatchAnswer": {
+        **_GALLERY,
+        "faces": 5,
+        "people": [
+            {
+                "subject": "Ada",
+                "faces": 5,
+                "rejected": [{"file": "Ada/3.jpg", "code": "no_face", "detail": "No face was found in the photo"}],
+                "conflicts": [],
+            },
+            {
+                "subject": "Ada L.",
+                "faces": 0,
+                "rejected": [],
+                "conflicts": [
+                    {
+                        "file": "Ada L./1.jpg",
+                        "subject": "Ada",
+                        "face_id": _FACE_ID,
+                        "similarity": 0.968,
+                        "threshold": 0.894,
+                    }
+                ],
+            },
+        ],
+        "ignored": 0,
+    },
     "IdentifyAnswer": {
         **_GALLERY,
         "gallery_size": 2,

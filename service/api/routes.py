@@ -37,8 +37,8 @@ _BODY = (
 _PHOTO = (*_BODY, errors.InvalidImage, errors.TooManyPixels, errors.NoFace)
 _SEARCH = (errors.GalleryNotFound, errors.ModelMismatch)
 
-EVALUATION_SECONDS = 1800
-"""An evaluation that takes longer is given up."""
+LONGEST_SECONDS = 1800
+"""An evaluation or a batch that takes longer is given up."""
 
 _BASE64 = "/9j/4AAQSkZJRg…"
 
@@ -133,6 +133,38 @@ async def enroll(request: Request, key: Writer) -> Response:
             return _answer(schemas.enrollment(done), 201)
 
         return await parts.workers.run(work)
+
+
+@router.post(
+    "/enroll/batch",
+    response_model=schemas.EnrollBatchAnswer,
+    tags=["recognition"],
+    summary="Enrol many people",
+    responses={200: example("EnrollBatchAnswer"), **responses(*_BODY, *_SEARCH, errors.InvalidArchive)},
+    openapi_extra=request_body(schemas.EnrollBatchBody, {"archive": "UEsDBBQAAAAI…"}),
+)
+async def enroll_batch(request: Request, key: Writer) -> Response:
+    """Enrol everybody in a ZIP with a folder of photos for each person, as `/enroll` would one after the other.
+
+    Who could not be enrolled, and why, is listed for each person. What is enrolled stays, however the call ends; sent
+    again, the same archive goes on where it was. One batch or evaluation runs at a time, for half an hour at most.
+    """
+    parts = _parts(request)
+    async with parts.workers.admitted_alone():
+        body = await read_body(request, schemas.EnrollBatchBody)
+        key.require(body.gallery)
+
+        def work(checkpoint: Callable[[], None]) -> Response:
+            done = parts.recognizer.enroll_archive(
+                body.archive,
+                body.gallery,
+                parts.max_request_bytes,
+                checkpoint,
+                allow_conflict=body.allow_conflict,
+            )
+            return _answer(schemas.batch(done))
+
+        return await parts.workers.run_alone(work, request.is_disconnected, LONGEST_SECONDS)
 
 
 @router.post(
@@ -278,7 +310,7 @@ async def evaluate(request: Request, _: Admin) -> Response:
             url = None if body.picture is None else pictures.data_url(found, body.picture)
             return _answer(schemas.evaluation(found, url))
 
-        return await parts.workers.run_alone(work, request.is_disconnected, EVALUATION_SECONDS)
+        return await parts.workers.run_alone(work, request.is_disconnected, LONGEST_SECONDS)
 
 
 # --- what is enrolled

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-import unicodedata
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Annotated, Any, ClassVar, Literal
@@ -22,10 +21,9 @@ from pydantic import (
 from pydantic_core import from_json
 
 from service import domain
-from service.domain import DEFAULT_GALLERY, LANDMARK_NAMES
+from service.domain import DEFAULT_GALLERY, LANDMARK_NAMES, MAX_ENROLL_PHOTOS, MAX_SUBJECT_NAME, subject_name
 from service.evaluation import FPRS, STRANGERS
 
-MAX_ENROLL_PHOTOS = 20
 MAX_SET_PHOTOS = 100
 MAX_METADATA_BYTES = 65_536
 
@@ -38,16 +36,6 @@ def _photo(value: Any) -> Any:
             return base64.b64decode(encoded, validate=True)
         except (binascii.Error, ValueError) as exc:
             raise ValueError("not base64") from exc
-    return value
-
-
-def _subject_name(value: str) -> str:
-    if not value.strip():
-        raise ValueError("must not be blank")
-    if value in (".", ".."):
-        raise ValueError("must not be . or .., which no URL can name")
-    if any(unicodedata.category(character) in ("Cc", "Cs") for character in value):
-        raise ValueError("must not hold control characters")
     return value
 
 
@@ -66,7 +54,12 @@ Photo = Annotated[
     BeforeValidator(_photo),
     WithJsonSchema({"type": "string", "contentEncoding": "base64", "contentMediaType": "image/*"}),
 ]
-SubjectName = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_subject_name)]
+Archive = Annotated[
+    bytes,
+    BeforeValidator(_photo),
+    WithJsonSchema({"type": "string", "contentEncoding": "base64", "contentMediaType": "application/zip"}),
+]
+SubjectName = Annotated[str, Field(min_length=1, max_length=MAX_SUBJECT_NAME), AfterValidator(subject_name)]
 GalleryName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Fpr = Annotated[float, Field(gt=0, lt=1, description="False-positive rate, between 0 and 1.")]
 Metadata = Annotated[dict[str, Any], BeforeValidator(_metadata)]
@@ -111,6 +104,15 @@ class EnrollBody(Body):
     gallery: GalleryName = DEFAULT_GALLERY
     metadata: Metadata | None = None
     allow_conflict: Annotated[bool, Field(description="Enrol even if the photos show another subject.")] = False
+
+
+class EnrollBatchBody(Body):
+    photos: ClassVar = {"archive": 1}
+    media: ClassVar = "application/zip"
+
+    archive: Archive
+    gallery: GalleryName = DEFAULT_GALLERY
+    allow_conflict: Annotated[bool, Field(description="Enrol even if photos show another subject.")] = False
 
 
 class IdentifyBody(Body):
@@ -167,11 +169,7 @@ class EvaluateBody(Body):
     media: ClassVar = "application/zip"
     lists: ClassVar = frozenset({"fpr"})
 
-    archive: Annotated[
-        bytes,
-        BeforeValidator(_photo),
-        WithJsonSchema({"type": "string", "contentEncoding": "base64", "contentMediaType": "application/zip"}),
-    ]
+    archive: Archive
     fpr: Annotated[list[Fpr], Field(min_length=1, max_length=20)] = list(FPRS)
     enrol: Annotated[int, Field(ge=1, le=20, description="Photos of each person to enrol, the first by name.")] = 1
     strangers: Annotated[
@@ -280,6 +278,35 @@ class EnrollAnswer(Answer):
     model_id: str
     faces: list[EnrolledFace]
     rejected: list[Rejected]
+
+
+class RejectedFile(Answer):
+    file: str
+    code: str
+    detail: str
+
+
+class ConflictingFile(Answer):
+    file: str
+    subject: str
+    face_id: str
+    similarity: float
+    threshold: float
+
+
+class EnrolledPerson(Answer):
+    subject: str
+    faces: int = Field(description="Photos of this person that are enrolled now.")
+    rejected: list[RejectedFile]
+    conflicts: list[ConflictingFile] = Field(description="Photos that show another subject.")
+
+
+class EnrollBatchAnswer(Answer):
+    gallery: str
+    model_id: str
+    faces: int = Field(description="Photos that are enrolled now, of all people.")
+    people: list[EnrolledPerson]
+    ignored: int = Field(description="Files that are no photos.")
 
 
 _PROBABILITY = "That these two faces are one person's, if both answers were equally likely before the comparison."
@@ -611,6 +638,12 @@ def enrollment(done: domain.Enrollment) -> EnrollAnswer:
         model_id=done.model_id,
         faces=[EnrolledFace(**face_fields(item.face), face_id=item.face_id) for item in done.templates],
         rejected=rejected(done.rejected),
+    )
+
+
+def batch(done: domain.BatchEnrollment) -> EnrollBatchAnswer:
+    return EnrollBatchAnswer.model_validate(
+        {**vars(done), "faces": sum(person.faces for person in done.people)}, from_attributes=True
     )
 
 

@@ -101,7 +101,9 @@ class Workers:
     async def admitted_alone(self) -> AsyncIterator[None]:
         """Hold the one place there is for work of minutes. Raises ``Overloaded`` when it is taken."""
         if self._occupied:
-            raise Overloaded("An evaluation is in progress; try again when it is done.", headers={"retry-after": "30"})
+            raise Overloaded(
+                "An evaluation or a batch is in progress; try again when it is done.", headers={"retry-after": "30"}
+            )
         self._occupied = True
         try:
             yield

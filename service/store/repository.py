@@ -38,6 +38,7 @@ from service.domain import (
     DEFAULT_GALLERY,
     Box,
     Embedding,
+    EnrolledPhoto,
     Face,
     Gallery,
     IndexEntries,
@@ -228,6 +229,17 @@ class Repository:
                 for template in map(_template, connection.execute(_template_query().where(faces.c.id.in_(row_ids))))
             }
         return [stored[row_id] for row_id in row_ids], _entries(gallery, added)
+
+    def enrolled_photos(self, gallery: str, subject: str, sha256s: Sequence[str]) -> dict[str, EnrolledPhoto]:
+        """Return those of these photos, by digest, that the subject has already; nothing of a subject there is not."""
+        with self._read() as connection:
+            rows = connection.execute(
+                select(faces.c.image_sha256, faces.c.face, faces.c.embedding)
+                .join(subjects, subjects.c.id == faces.c.subject_id)
+                .join(galleries, galleries.c.id == subjects.c.gallery_id)
+                .where(galleries.c.name == gallery, subjects.c.name == subject, faces.c.image_sha256.in_(list(sha256s)))
+            ).all()
+        return {row.image_sha256: EnrolledPhoto(_face(row.face), _vector(row.embedding)) for row in rows}
 
     def template(self, face_id: str) -> Template:
         """Return one enrolled face. Raises ``FaceNotFound``."""
