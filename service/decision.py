@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.cluster.hierarchy import fcluster, linkage
-from scipy.spatial.distance import squareform
 
 from service.domain import Candidate, Decision, OperatingPoint
 
@@ -34,8 +32,40 @@ def group(embeddings: NDArray[np.float32], threshold: float) -> NDArray[np.int64
     Agglomerative clustering with complete linkage on the cosine. ``embeddings``: ``float32[N, D]``,
     L2-normalised. Returns ``int64[N]``, the group of each face; groups are numbered from 0 in the order
     of their first face.
+
+    The two most similar groups are joined until none are similar enough, where two groups are as similar as their least
+    similar faces. To follow nearest neighbours until two groups are each other's finds the same groups in O(N²)
+    (Murtagh 1983, "A survey of recent advances in hierarchical clustering algorithms"); a group whose nearest
+    neighbour is below ``threshold`` is done.
     """
-    return _clusters(embeddings, threshold, "complete")
+    count = len(embeddings)
+    similarity = _similarity(embeddings)
+    np.fill_diagonal(similarity, -np.inf)
+    # The group of each face, by the number of one of its faces, in whose row the group's similarities stand.
+    labels = np.arange(count)
+    waiting = np.ones(count, dtype=bool)
+    chain: list[int] = []
+    while chain or waiting.any():
+        if not chain:
+            chain.append(int(waiting.argmax()))
+        last = chain[-1]
+        nearest = int(similarity[last].argmax())
+        # Of equally near ones the one that the chain comes from, or it would go in circles.
+        if len(chain) > 1 and similarity[last, chain[-2]] >= similarity[last, nearest]:
+            nearest = chain[-2]
+        if similarity[last, nearest] < threshold:
+            # Whoever led here is nearer to it than to anybody else, and yet not near enough.
+            waiting[chain] = False
+            chain.clear()
+        elif len(chain) > 1 and nearest == chain[-2]:
+            del chain[-2:]
+            similarity[nearest] = similarity[:, nearest] = np.minimum(similarity[nearest], similarity[last])
+            similarity[last] = similarity[:, last] = -np.inf
+            waiting[last] = False
+            labels[labels == last] = nearest
+        else:
+            chain.append(nearest)
+    return _numbered(labels)
 
 
 def siblings(embeddings: NDArray[np.float32], threshold: float) -> NDArray[np.bool_]:
@@ -45,17 +75,23 @@ def siblings(embeddings: NDArray[np.float32], threshold: float) -> NDArray[np.bo
     is at least ``threshold`` similar to some other, directly or through a chain; of several equally large ones the
     one with the first face.
     """
-    labels = _clusters(embeddings, threshold, "single")
+    alike = _similarity(embeddings) >= threshold
+    labels = np.arange(len(embeddings))
+    for face in range(len(embeddings)):
+        reached = np.unique(labels[alike[face] | (labels == labels[face])])
+        labels[np.isin(labels, reached)] = reached[0]
+    labels = _numbered(labels)
     return np.asarray(labels == np.bincount(labels).argmax())
 
 
-def _clusters(embeddings: NDArray[np.float32], threshold: float, method: str) -> NDArray[np.int64]:
-    count = len(embeddings)
-    if count < 2:
-        return np.zeros(count, dtype=np.int64)
-    distances = 1.0 - np.clip(embeddings @ embeddings.T, -1.0, 1.0).astype(np.float64)
-    condensed = squareform((distances + distances.T) / 2, checks=False)
-    labels = fcluster(linkage(condensed, method=method), t=1.0 - threshold, criterion="distance")
+def _similarity(embeddings: NDArray[np.float32]) -> NDArray[np.float64]:
+    similarity = (embeddings @ embeddings.T).astype(np.float64)
+    # Matrix products need not be symmetric to the last digit.
+    return (similarity + similarity.T) / 2
+
+
+def _numbered(labels: NDArray[np.intp]) -> NDArray[np.int64]:
+    """The same groups, numbered from 0 in the order of their first members."""
     _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
     order = np.empty(len(first), dtype=np.int64)
     order[np.argsort(first)] = np.arange(len(first))

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.spatial.distance import pdist
 
-from service.decision import decide, siblings
+from service.decision import decide, group, siblings
 from service.domain import Candidate, Decision, OperatingPoint
 
 POINT = OperatingPoint(0.01, 0.5, extrapolated=False)
@@ -53,7 +55,29 @@ def test_an_unlike_photo_stays_through_one_between() -> None:
     assert siblings(chain[[0, 2, 3]], 0.7).tolist() == [True, False, False]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=20), st.floats(-1, 1), st.floats(-1, 1))
 def test_a_higher_threshold_keeps_no_more(people: list[int], a: float, b: float) -> None:
     low, high = (int(siblings(faces(*people, spread=2.0), threshold).sum()) for threshold in sorted((a, b)))
     assert 1 <= high <= low <= len(people)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(2, 60), st.floats(-0.5, 0.95), st.floats(0.5, 8))
+def test_groups_and_siblings_are_those_of_scipy(seed: int, count: int, threshold: float, spread: float) -> None:
+    generator = np.random.default_rng(seed)
+    vectors = np.eye(8)[generator.integers(0, 8, count)] + generator.normal(0, spread / 8, (count, 8))
+    vectors = np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), np.float32)
+    distances = pdist(vectors.astype(np.float64), "cosine")
+    ours, theirs = group(vectors, threshold), fcluster(linkage(distances, "complete"), 1 - threshold, "distance")
+    assert ((ours[:, None] == ours) == (theirs[:, None] == theirs)).all()
+    assert (np.diff(np.unique(ours, return_index=True)[1]) > 0).all()
+    single = fcluster(linkage(distances, "single"), 1 - threshold, "distance")
+    sizes = np.bincount(single)[single]
+    assert siblings(vectors, threshold).tolist() == (single == single[int(sizes.argmax())]).tolist()
+
+
+def test_groups_of_nobody_and_of_one() -> None:
+    assert group(np.empty((0, 8), np.float32), 0.5).tolist() == []
+    assert group(faces(3), 0.5).tolist() == [0]
+    assert group(faces(5, 2, 5, 1, 2), 0.5).tolist() == [0, 1, 0, 2, 1]
