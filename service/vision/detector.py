@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -47,6 +49,11 @@ COARSE_BORDER = 32
 
 FINE_SIDE = 1600
 """Longest side of the closer look at small faces, at most. About 400 ms on a core at this size."""
+
+FREE_SIDE = 512
+LARGE_STEP = 160
+"""What the network sees may have any side up to :data:`FREE_SIDE` that it takes, pixels, and multiples of
+:data:`LARGE_STEP` beyond: each new shape may cost memory that is never given back, large ones much."""
 
 FINE_FACE = 64.0
 """The closer look makes the smallest face this wide, pixels, as far as photo and :data:`FINE_SIDE` allow."""
@@ -131,6 +138,8 @@ class FaceDetector:
         self._manifest = manifest
         self._network = network
         self._least_score = least_score
+        # A large look takes hundreds of megabytes, and all cores: several at once would take as much each, no faster.
+        self._large = threading.Lock()
         self._mean = np.array(manifest.input.mean, dtype=np.float32)
         self._divisor = np.array(manifest.input.divisor, dtype=np.float32)
 
@@ -170,23 +179,24 @@ class FaceDetector:
         """
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
             raise ValueError(f"uint8[H, W, 3] is needed, not {image.dtype}{list(image.shape)}")
-        found, turns = self._oriented(image)
-        found = self._refined(image, found, turns)
+        photo = _Photo(image)
+        found, turns = self._oriented(photo)
+        found = self._refined(photo, found, turns)
         # A face that is upright in no orientation is no face.
         faces = found.where(found.upright & (found.scores >= self._least_score))
         order = np.argsort(-_areas(faces.boxes), kind="stable")
         return [_face(image, faces, int(index)) for index in order]
 
-    def _oriented(self, image: Image) -> tuple[_Found, int]:
+    def _oriented(self, photo: _Photo) -> tuple[_Found, int]:
         """Faces and hints of the best orientation, and which one it is in quarter turns."""
         looks: dict[int, _Found] = {}
         for turns in _ORIENTATIONS:
-            look = self._look(image, WORKING_SIDE, turns)
+            look = self._look(photo, WORKING_SIDE, turns)
             # People may be turned differently: a face that was upright before must not be given up.
             undisputed = not any(earlier.confident.any() for earlier in looks.values())
             if undisputed and _settled(look, CONFIDENT_SCORE if turns == 0 else SURE_SCORE):
                 return look, turns
-            close = self._look(image, COARSE_SIDE, turns, COARSE_BORDER)
+            close = self._look(photo, COARSE_SIDE, turns, COARSE_BORDER)
             look = _merged([look, close])
             if undisputed and _settled(look, SURE_SCORE):
                 return look, turns
@@ -199,44 +209,86 @@ class FaceDetector:
             looks[0] = looks[0].where(_certain(looks[0]))
         return _merged([looks[turns] for turns in _ORIENTATIONS]), best
 
-    def _refined(self, image: Image, found: _Found, turns: int) -> _Found:
+    def _refined(self, photo: _Photo, found: _Found, turns: int) -> _Found:
         """``found``, with faces that another scale shows better replaced, and those that it adds."""
-        longest = max(image.shape[:2])
+        longest = max(photo.size)
         looks = [found]
         faces = found.faces()
         if len(faces) and faces.widths.max() > LARGE_FACE:
             side = longest * COARSE_FACE / _widths(faces).max()
-            looks.append(self._look(image, side, turns, COARSE_BORDER))
+            looks.append(self._look(photo, side, turns, COARSE_BORDER))
         upright = found.where(found.upright)
         if not len(upright) or upright.widths.min() < SMALL_FACE:
             wanted = longest * FINE_FACE / _widths(upright).min() if len(upright) else FINE_SIDE
             side = min(FINE_SIDE, longest, wanted)
             if side > WORKING_SIDE:
-                looks.append(self._look(image, side, turns))
+                looks.append(self._look(photo, side, turns))
         return looks[0] if len(looks) == 1 else _merged(looks)
 
-    def _look(self, image: Image, side: float, turns: int = 0, border: int = 0) -> _Found:
-        """One run of the network on ``image``, shrunk to ``side`` and rotated by ``turns`` quarter turns."""
-        height, width = image.shape[:2]
+    def _look(self, photo: _Photo, side: float, turns: int = 0, border: int = 0) -> _Found:
+        """One run of the network on ``photo``, shrunk to ``side`` and rotated by ``turns`` quarter turns."""
+        width, height = photo.size
         factor = min(1.0, side / max(height, width))
         seen = (max(1, round(width * factor)), max(1, round(height * factor)))
-        small = cv2.resize(image, seen, interpolation=cv2.INTER_AREA) if factor < 1 else image
-        small = np.rot90(small, turns)
-        found = self._run(np.asarray(small, dtype=np.uint8), border, turns)
+        found = self._run(np.ascontiguousarray(np.rot90(photo.shrunk(seen), turns)), border, turns)
         return _to_photo(found, seen, (width, height))
 
     def _run(self, image: Image, border: int, turns: int) -> _Found:
         """Faces and hints in ``image`` as it is, in its own pixels."""
         height, width = image.shape[:2]
-        multiple = self._manifest.input.multiple
-        padded_size = [math.ceil((side + 2 * border) / multiple) * multiple for side in (height, width)]
-        padded = np.zeros((*padded_size, 3), dtype=np.float32)
-        padded[border : border + height, border : border + width] = (image - self._mean) / self._divisor
-        batch = np.ascontiguousarray(padded.transpose(2, 0, 1))[None]
-        outputs = self._network.run({self._manifest.input.name: batch})
+        rows, columns = (_padded(side + 2 * border, self._manifest.input.multiple) for side in (height, width))
+        batch = np.zeros((1, 3, rows, columns), dtype=np.float32)
+        inside = batch[0, :, border : border + height, border : border + width]
+        for plane, values, mean, divisor in zip(cv2.split(image), inside, self._mean, self._divisor, strict=True):
+            np.subtract(plane, mean, out=values)
+            values /= divisor
+        with self._large if max(rows, columns) > FREE_SIDE else nullcontext():
+            outputs = self._network.run({self._manifest.input.name: batch})
         maps = [outputs[index][0] for index in self._indices]
         least = min(HINT_THRESHOLD, self._least_score)
         return _decoded(maps, self._manifest.output.stride, border, (width, height), turns, least)
+
+
+class _Photo:
+    """A photo, and its halves, quarters and so on as far as a look has asked for them."""
+
+    def __init__(self, image: Image) -> None:
+        self._levels = [image]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height, pixels."""
+        height, width = self._levels[0].shape[:2]
+        return width, height
+
+    def shrunk(self, size: tuple[int, int]) -> Image:
+        """Shrunk to this width and height by area averaging; the photo itself if it has this size.
+
+        To average two by two pixels is ten times faster than any other ratio, for which at least two more are left.
+        """
+        number = 0
+        while (half := self._half(number, size)) is not None:
+            number += 1
+            if number == len(self._levels):
+                self._levels.append(_area(self._levels[-1], half))
+        level = self._levels[number]
+        return level if (level.shape[1], level.shape[0]) == size else _area(level, size)
+
+    def _half(self, number: int, size: tuple[int, int]) -> tuple[int, int] | None:
+        height, width = self._levels[number].shape[:2]
+        if height % 2 or width % 2 or width < 4 * size[0] or height < 4 * size[1]:
+            return None
+        return width // 2, height // 2
+
+
+def _area(image: Image, size: tuple[int, int]) -> Image:
+    return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), dtype=np.uint8)
+
+
+def _padded(side: int, multiple: int) -> int:
+    """``side`` rounded up to a side that the network takes; of large ones there are few, so that memory is reused."""
+    step = multiple if side <= FREE_SIDE else math.lcm(multiple, LARGE_STEP)
+    return math.ceil(side / step) * step
 
 
 def _decoded(
@@ -248,8 +300,9 @@ def _decoded(
     geometry (not finite, without area, larger than the photo by far, its middle outside) is left out.
     """
     heatmap = maps[0][0]
-    finite = np.logical_and.reduce([np.isfinite(values).all(axis=0) for values in maps])
-    rows, columns = np.nonzero(finite & (heatmap >= least))
+    rows, columns = np.nonzero(heatmap >= least)
+    finite = np.logical_and.reduce([np.isfinite(values[:, rows, columns]).all(axis=0) for values in maps])
+    rows, columns = rows[finite], columns[finite]
     scale, offset, points = (values[:, rows, columns].astype(np.float64) for values in maps[1:])
     # What would overflow is cut to what the next lines throw away.
     sides = np.exp(np.clip(scale, -20, 20)) * stride

@@ -61,16 +61,9 @@ class Embedder:
         All N crops are one batch, and memory grows with N. N = 0 gives ``float32[0, D]``. Raises ValueError
         if the array is of another shape or type.
         """
-        size = self._manifest.input.size
-        if crops.ndim != 4 or crops.shape[1:] != (size, size, 3) or crops.dtype != np.uint8:
-            raise ValueError(f"crops must be uint8[N, {size}, {size}, 3], not {crops.dtype}{list(crops.shape)}")
+        batch = self.prepared(crops)
         if len(crops) == 0:
             return np.empty((0, self.dimension), dtype=np.float32)
-        batch = crops.transpose(0, 3, 1, 2).astype(np.float32, order="C")
-        batch -= self._mean
-        batch /= self._divisor
-        if self._manifest.flip:
-            batch = np.concatenate([batch, batch[..., ::-1]])
         (vectors,) = self._network.run({self._manifest.input.name: batch})
         if self._manifest.flip:
             vectors = vectors[: len(crops)] + vectors[len(crops) :]
@@ -78,6 +71,25 @@ class Embedder:
         # A network that answers with nothing gives a zero vector, similar to nobody, rather than NaN.
         embeddings: NDArray[np.float32] = vectors / np.maximum(norms, np.finfo(np.float32).tiny)
         return embeddings
+
+    def prepared(self, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """What the network is given for crops ``uint8[N, S, S, 3]``: ``float32[N, 3, S, S]``.
+
+        With flip it is ``float32[2 N, 3, S, S]``: after the N crops their mirror images. Raises ValueError if the array
+        is of another shape or type.
+        """
+        size = self._manifest.input.size
+        if crops.ndim != 4 or crops.shape[1:] != (size, size, 3) or crops.dtype != np.uint8:
+            raise ValueError(f"crops must be uint8[N, {size}, {size}, 3], not {crops.dtype}{list(crops.shape)}")
+        count = len(crops)
+        batch = np.empty((2 * count if self._manifest.flip else count, 3, size, size), dtype=np.float32)
+        plain = batch[:count]
+        plain[:] = crops.transpose(0, 3, 1, 2)
+        plain -= self._mean
+        plain /= self._divisor
+        if self._manifest.flip:
+            batch[count:] = plain[..., ::-1]
+        return batch
 
     def warm_up(self) -> None:
         """Embed one grey crop, so that the first request does not pay for the runtime's preparations.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,10 @@ class OnnxModel:
         options.inter_op_num_threads = 1
         options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
         options.log_severity_level = _ERRORS_ONLY
-        # A memory plan would be kept for every new input shape, and photos and batches have many. The arena
-        # stays: it grows to the largest input and no further, and to give it back after each run costs half
-        # as much again as the run.
+        # A memory plan would be kept for every new input shape, and photos and batches have many.
         options.enable_mem_pattern = False
+        _share_arena()
+        options.add_session_config_entry("session.use_env_allocators", "1")
         # Detector and embedder share the cores: threads that spin while they wait cost a third of the whole
         # when both are busy.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -56,6 +57,19 @@ class OnnxModel:
         """Every output of the network, in its own order. The arrays are the caller's to keep."""
         results: list[NDArray[np.float32]] = self._session.run(None, dict(inputs))
         return results
+
+
+@cache
+def _share_arena() -> None:
+    """Give all networks of the process one arena, which grows by what is missing and not to the next power of two.
+
+    It stays as large as the largest inputs in use at one time need. To give memory back after each run would cost half
+    as much again as the run.
+    """
+    where = onnxruntime.OrtMemoryInfo(
+        "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
+    )
+    onnxruntime.create_and_register_allocator(where, onnxruntime.OrtArenaCfg({"arena_extend_strategy": 1}))
 
 
 def _shape(value: Any) -> tuple[int | None, ...]:
