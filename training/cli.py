@@ -33,6 +33,7 @@ from training.open_set import open_set as open_set_trial
 from training.open_set import table as trial_table
 from training.prepare import Alignment, Counts, Target
 from training.prepare import prepare as prepare_crops
+from training.quantise import quantise as quantise_model
 
 app = typer.Typer(no_args_is_help=True, help="Convert, prepare, calibrate and evaluate models. See docs/training.md.")
 convert = typer.Typer(no_args_is_help=True, help="Rewrite other people's weights as models that the service loads.")
@@ -341,6 +342,21 @@ def export(
     typer.echo(
         f"{out}: {written.manifest.model_id}, {written.megabytes:.1f} MB, "
         f"at most {written.angle:.5f} rad from torch at batch 1, 5 and 32"
+    )
+
+
+@app.command()
+def quantise(
+    crops: Annotated[Path, typer.Option(help="Folder that `prepare --role further` has filled for this embedder.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; its name becomes the model_id.")],
+    model: Model = _MODELS / "dlib-resnet",
+) -> None:
+    """Write an embedder in 8-bit integers. Calibrate it next: see docs/training.md."""
+    with _explained():
+        written = quantise_model(model, out, crops)
+    typer.echo(
+        f"{out}: {written.manifest.model_id}, {written.megabytes:.1f} MB, cosine to {model} "
+        f"{written.similarity[0]:.4f} on average, {written.similarity[1]:.4f} at least"
     )
 
 

@@ -12,9 +12,6 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from numpy.typing import NDArray
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import nn
 
 from service.domain import LANDMARK_NAMES
@@ -33,6 +30,7 @@ from training.augment import DIVISOR, MEAN, normalised, views
 from training.data import DataError, Role
 from training.licenses import RESEARCH_WEIGHTS
 from training.prepare import TRAINING_SIZE, Prepared, load_prepared
+from training.quantise import SEEN, quantise_network
 from training.train import RunConfig, load_final
 
 INPUT, OUTPUT = "crops", "embeddings"
@@ -42,7 +40,6 @@ PARITY_BATCHES = (1, 5, 32)
 PARITY = 1e-3
 """Largest angle, radians, between an embedding of torch and one of ONNX Runtime, float against float."""
 
-_CALIBRATION_CROPS = 256
 _SEED = 0
 
 
@@ -144,28 +141,10 @@ def largest_angle(network: nn.Module, exported: OnnxModel, size: int, photos: Pr
     return largest if math.isfinite(largest) else math.inf
 
 
-class _Reader(CalibrationDataReader):  # type: ignore[misc]
-    def __init__(self, images: NDArray[np.float32]) -> None:
-        self._batches = iter(np.array_split(images, max(1, len(images) // 16)))
-
-    def get_next(self) -> dict[str, NDArray[np.float32]] | None:
-        batch = next(self._batches, None)
-        return None if batch is None else {INPUT: np.ascontiguousarray(batch)}
-
-
 def _quantised(network: Path, photos: Prepared, config: RunConfig) -> Path:
-    images = _images(photos, config.people, _CALIBRATION_CROPS, config.size)
-    plain, small = network.with_name("plain.onnx"), network.with_name("int8.onnx")
-    quant_pre_process(str(network), str(plain), skip_symbolic_shape=True)
-    quantize_static(
-        str(plain),
-        str(small),
-        _Reader(images.contiguous().numpy()),
-        quant_format=QuantFormat.QDQ,
-        per_channel=True,
-        activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8,
-    )
+    images = _images(photos, config.people, SEEN, config.size).contiguous().numpy()
+    small = network.with_name("int8.onnx")
+    quantise_network(network, small, INPUT, iter(np.array_split(images, max(1, len(images) // 16))))
     return small
 
 
