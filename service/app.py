@@ -109,7 +109,10 @@ def load_models(settings: Settings, threads: int | None = None) -> tuple[FaceDet
 
     Raises ``StartError``, and ``ModelError`` for a broken one.
     """
-    detector = FaceDetector.load(_model_folder(settings, settings.detector), threads or _threads(settings))
+    cores = _threads(settings)
+    threads = threads or cores
+    folder = _model_folder(settings, settings.detector)
+    detector = FaceDetector.load(folder, threads, large_looks=max(1, cores // threads))
     embedder = load_embedder(settings, threads)
     return detector, embedder, _calibration(_model_folder(settings, settings.model), embedder.manifest)
 

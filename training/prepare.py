@@ -284,7 +284,7 @@ def prepare(
             return _finished(out, settings)
         cutter = _Cutter(
             data,
-            FaceDetector.load(detector, least_score=settings.least_score),
+            FaceDetector.load(detector, least_score=settings.least_score, large_looks=jobs),
             target.points,
             target.size,
             settings,

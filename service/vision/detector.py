@@ -127,8 +127,17 @@ class FaceDetector:
     Xu et al. 2019, "CenterFace: Joint Face Detection and Alignment Using Face as Point" (arXiv:1911.03599).
     """
 
-    def __init__(self, manifest: DetectorManifest, network: OnnxModel, least_score: float = SCORE_THRESHOLD) -> None:
-        """``least_score``: what is reported; a lower one suits photos that are known to show a face."""
+    def __init__(
+        self,
+        manifest: DetectorManifest,
+        network: OnnxModel,
+        least_score: float = SCORE_THRESHOLD,
+        large_looks: int = 1,
+    ) -> None:
+        """``least_score``: what is reported; a lower one suits photos that are known to show a face.
+
+        ``large_looks``: how many looks beyond :data:`FREE_SIDE` may be taken at once.
+        """
         maps = manifest.output
         names = (maps.heatmap, maps.scale, maps.offset, maps.landmarks)
         if set(network.inputs) != {manifest.input.name} or not set(names) <= set(network.outputs):
@@ -138,20 +147,23 @@ class FaceDetector:
         self._manifest = manifest
         self._network = network
         self._least_score = least_score
-        # A large look takes hundreds of megabytes, and all cores: several at once would take as much each, no faster.
-        self._large = threading.Lock()
+        # Each takes up to 400 MB.
+        self._large = threading.Semaphore(large_looks)
         self._mean = np.array(manifest.input.mean, dtype=np.float32)
         self._divisor = np.array(manifest.input.divisor, dtype=np.float32)
 
     @classmethod
-    def load(cls, folder: Path, threads: int = 1, least_score: float = SCORE_THRESHOLD) -> FaceDetector:
+    def load(
+        cls, folder: Path, threads: int = 1, least_score: float = SCORE_THRESHOLD, large_looks: int = 1
+    ) -> FaceDetector:
         """The detector of ``models/<model_id>``, on at most ``threads`` cores for each call.
 
-        ``least_score``: what is reported; a lower one suits photos that are known to show a face. Raises
+        ``least_score``: what is reported; a lower one suits photos that are known to show a face. ``large_looks``: how
+        many looks at small faces may be taken at once; others wait. Raises
         :class:`~service.vision.manifest.ModelError` if the folder is not a sound detector.
         """
         manifest = load_detector_manifest(folder)
-        return cls(manifest, OnnxModel(folder / manifest.file, threads), least_score)
+        return cls(manifest, OnnxModel(folder / manifest.file, threads), least_score, large_looks)
 
     @property
     def manifest(self) -> DetectorManifest:
