@@ -12,13 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.calibration import Calibration
-from service.domain import IndexEntries
+from service.domain import IndexEntries, Members
 from service.own_calibration import OwnCalibrations
 from service.settings import BUNDLED_MODELS
 
 SUBJECTS, EACH, STARTING, DIMENSION, CHANGES, LOOK_UPS = 100_000, 3, 50_000, 128, 200, 2000
 SAMPLED = 950
-BATCH = 4096
 
 
 def main() -> None:
@@ -37,15 +36,10 @@ def main() -> None:
 
     def started(templates: int) -> tuple[OwnCalibrations, float]:
         own = OwnCalibrations(calibration, fetch)
-        seconds = 0.0
-        for start in range(0, templates, BATCH):
-            batch = entries(np.arange(start, min(start + BATCH, templates), dtype=np.int64))
-            begin = time.perf_counter()
-            own.load(batch)
-            seconds += time.perf_counter() - begin
+        row_ids = np.arange(templates, dtype=np.int64)
         begin = time.perf_counter()
-        own.loaded()
-        return own, seconds + time.perf_counter() - begin
+        own.load(Members("g", row_ids, row_ids // EACH))
+        return own, time.perf_counter() - begin
 
     print(f"start with {STARTING:,} templates: {started(STARTING)[1]:.2f} s")
     own, seconds = started(SUBJECTS * EACH)

@@ -159,7 +159,8 @@ def open_parts(settings: Settings) -> Iterator[Parts]:
         # About half of the work on a photo is the embedder's.
         batcher = Batcher(embedder.embed, settings.max_batch, max(1, threads // 2))
         stack.callback(batcher.close)
-        index = FaissGallery(embedder.dimension)
+        index = FaissGallery(embedder.dimension, folder=settings.data_dir / "index", model_id=embedder.model_id)
+        stack.callback(index.close)
         recognizer = Recognizer(
             detector=detector,
             embedder=embedder,

@@ -163,6 +163,15 @@ class EnrolledPhoto:
 
 
 @dataclass(frozen=True)
+class Members:
+    """Whose templates a gallery holds, without their vectors. ``row_ids``, ``subject_ids``: ``int64[N]``, by row id."""
+
+    gallery: str
+    row_ids: NDArray[np.int64]
+    subject_ids: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
 class IndexEntries:
     """Templates of one gallery as an index holds them.
 

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.calibration import Calibration, rate_of_all, rate_of_one
-from service.domain import IndexEntries, OperatingPoint, OwnCalibrationMode
+from service.domain import IndexEntries, Members, OperatingPoint, OwnCalibrationMode
+from service.int_map import IntMap
 
 SUBJECTS = 1000
 """Subjects of a gallery that are compared with one another: those whose number has the smallest hash."""
@@ -107,39 +108,35 @@ class OwnCalibration:
 
     def __init__(self, calibration: Calibration) -> None:
         self._calibration = calibration
+        self._subject_of = IntMap()
+        # The subjects of the sample by their hash, the templates of each by theirs; and whether there are others.
         self._order: list[tuple[int, int]] = []
         self._rows: dict[int, list[tuple[int, int]]] = {}
-        self._subject_of: dict[int, int] = {}
-        # The subjects of the sample, each with its templates in it.
+        self._beyond = False
+        # Those whose vectors are held, each with its templates that are.
         self._taken: dict[int, list[int]] = {}
         self._held = _Held()
         self.rates: OwnRates | None = None
 
+    def load(self, members: Members, fetch: Fetch) -> None:
+        """Take templates in that are not there yet; what the sample needs of them, it fetches. Does not refresh."""
+        self._subject_of.put(members.row_ids, members.subject_ids)
+        self._enter(members.row_ids, members.subject_ids)
+        self._sync(self._rows, {}, fetch)
+
     def add(self, entries: IndexEntries, fetch: Fetch) -> None:
         """Take templates in; what the sample needs of others, it fetches. Does not :meth:`refresh`."""
-        rows, subjects = entries.row_ids.tolist(), entries.subject_ids.tolist()
-        self._leave([row for row in rows if row in self._subject_of])
-        new: list[tuple[int, int]] = []
-        hashes = zip(_hash(entries.row_ids).tolist(), _hash(entries.subject_ids).tolist(), strict=True)
-        for row, subject, (row_hash, subject_hash) in zip(rows, subjects, hashes, strict=True):
-            self._subject_of[row] = subject
-            if subject in self._rows:
-                insort(self._rows[subject], (row_hash, row))
-            else:
-                self._rows[subject] = [(row_hash, row)]
-                new.append((subject_hash, subject))
-        if len(new) > _FEW:
-            self._order = sorted(self._order + new)
-        else:
-            for place in new:
-                insort(self._order, place)
-        self._sync(subjects, dict(zip(rows, entries.embeddings, strict=True)), fetch)
+        self._leave(entries.row_ids)
+        self._subject_of.put(entries.row_ids, entries.subject_ids)
+        if not self._refilled():
+            self._enter(entries.row_ids, entries.subject_ids)
+        known = dict(zip(entries.row_ids.tolist(), entries.embeddings, strict=True))
+        self._sync(entries.subject_ids.tolist(), known, fetch)
 
-    def remove(self, row_ids: Iterable[int], fetch: Fetch) -> None:
+    def remove(self, row_ids: Sequence[int], fetch: Fetch) -> None:
         """Take templates out; row ids that are not there are passed over. Does not :meth:`refresh`."""
-        present = [row for row in row_ids if row in self._subject_of]
-        touched = [self._subject_of[row] for row in present]
-        self._leave(present)
+        touched = self._leave(np.asarray(row_ids, np.int64))
+        self._refilled()
         self._sync(touched, {}, fetch)
 
     def refresh(self) -> None:
@@ -155,22 +152,67 @@ class OwnCalibration:
 
     def only(self, row_ids: Sequence[int]) -> bool:
         """Whether the gallery has no other templates."""
-        return self._subject_of.keys() <= set(row_ids)
+        held = self._subject_of.get(np.unique(np.asarray(row_ids, np.int64)))
+        return int((held >= 0).sum()) == len(self._subject_of)
 
-    def _leave(self, row_ids: Sequence[int]) -> None:
-        self._held.remove([row for row in row_ids if row in self._held.slots])
-        hashes = _hash(np.array(row_ids, np.int64)).tolist()
-        for row, row_hash in zip(row_ids, hashes, strict=True):
-            subject = self._subject_of.pop(row)
-            rows = self._rows[subject]
-            del rows[bisect_left(rows, (row_hash, row))]
-            if not rows:
+    def _enter(self, row_ids: NDArray[np.int64], subject_ids: NDArray[np.int64]) -> None:
+        """Let the sample have what it wants of templates that are new to it."""
+        hashes = _hash(subject_ids)
+        # Of a million no more are looked at than can come in.
+        people = np.unique(hashes)
+        last = int(people[min(len(people), SUBJECTS) - 1]) if len(people) else 0
+        if len(self._order) >= SUBJECTS:
+            last = min(last, self._order[-1][0])
+        wanted = hashes <= np.uint64(last)
+        self._beyond |= not wanted.all()
+        new = []
+        for row, row_hash, subject, subject_hash in zip(
+            row_ids[wanted].tolist(),
+            _hash(row_ids[wanted]).tolist(),
+            subject_ids[wanted].tolist(),
+            hashes[wanted].tolist(),
+            strict=True,
+        ):
+            if subject not in self._rows:
+                self._rows[subject] = []
+                new.append((subject_hash, subject))
+            insort(self._rows[subject], (row_hash, row))
+        self._order = sorted(self._order + new)
+        for _, subject in self._order[SUBJECTS:]:
+            del self._rows[subject]
+            self._beyond = True
+        del self._order[SUBJECTS:]
+
+    def _leave(self, row_ids: NDArray[np.int64]) -> list[int]:
+        """Take out what is there of these, and return its subjects."""
+        row_ids = np.unique(row_ids)
+        subject_ids = self._subject_of.get(row_ids)
+        row_ids, subject_ids = row_ids[subject_ids >= 0], subject_ids[subject_ids >= 0]
+        self._subject_of.drop(row_ids)
+        rows: list[int] = row_ids.tolist()
+        subjects: list[int] = subject_ids.tolist()
+        self._held.remove([row for row in rows if row in self._held.slots])
+        for row, row_hash, subject in zip(rows, _hash(row_ids).tolist(), subjects, strict=True):
+            held = self._rows.get(subject)
+            if held is None:
+                continue
+            del held[bisect_left(held, (row_hash, row))]
+            if not held:
                 del self._rows[subject]
                 (subject_hash,) = _hash(np.array([subject], np.int64)).tolist()
                 del self._order[bisect_left(self._order, (subject_hash, subject))]
+        return subjects
+
+    def _refilled(self) -> bool:
+        """Choose anew if somebody has left the sample and others wait, and return whether that was so."""
+        if len(self._order) >= SUBJECTS or not self._beyond:
+            return False
+        self._order, self._rows, self._beyond = [], {}, False
+        self._enter(*self._subject_of.items())
+        return True
 
     def _sync(self, touched: Iterable[int], known: dict[int, NDArray[np.float32]], fetch: Fetch) -> None:
-        sampled = {subject for _, subject in self._order[:SUBJECTS]}
+        sampled = set(self._rows)
         changed = (sampled ^ self._taken.keys()) | (sampled & set(touched))
         wanted = {subject: [row for _, row in self._rows[subject][:TEMPLATES]] for subject in changed & sampled}
         rows = [row for held in wanted.values() for row in held]
@@ -181,7 +223,7 @@ class OwnCalibration:
         if missing:
             known = known | dict(zip(missing, fetch(missing), strict=True))
         if new:
-            subjects = np.array([self._subject_of[row] for row in new], np.int64)
+            subjects = self._subject_of.get(np.array(new, np.int64))
             self._held.add(new, subjects, np.stack([known[row] for row in new]))
         # Last, so that what could not be fetched is asked for again with the next change.
         self._taken |= wanted
@@ -194,26 +236,23 @@ class OwnCalibrations:
     """
 
     def __init__(self, calibration: Calibration, fetch: Fetch) -> None:
-        """``fetch``: where the vectors come from of people who move up when others are removed."""
+        """``fetch``: where the vectors come from at the start, and of people who move up when others are removed."""
         self._calibration = calibration
         self._fetch = fetch
         self._galleries: dict[str, OwnCalibration] = {}
 
-    def load(self, entries: IndexEntries) -> None:
-        """Take templates in at the start; :meth:`loaded` comes after the last."""
-        held = self._galleries.setdefault(entries.gallery, OwnCalibration(self._calibration))
-        held.add(entries, self._fetch)
-
-    def loaded(self) -> None:
-        """Bring everything up to date."""
-        for held in self._galleries.values():
-            held.refresh()
+    def load(self, members: Members) -> None:
+        """Take in all the templates of a gallery at the start."""
+        held = self._galleries[members.gallery] = OwnCalibration(self._calibration)
+        held.load(members, self._fetch)
+        held.refresh()
 
     def add(self, entries: IndexEntries) -> None:
         """Take templates in."""
         if len(entries.row_ids):
-            self.load(entries)
-            self._galleries[entries.gallery].refresh()
+            held = self._galleries.setdefault(entries.gallery, OwnCalibration(self._calibration))
+            held.add(entries, self._fetch)
+            held.refresh()
 
     def remove(self, gallery: str, row_ids: Sequence[int]) -> None:
         """Take templates out; row ids that are not there are passed over."""

@@ -78,6 +78,9 @@ from service.vision.quality import one_usable, searchable
 
 REEMBED_BATCH = 32
 
+SPARE = 4
+"""Candidates that are asked of the index beyond those wanted: its similarities may be off in the fourth digit."""
+
 SIBLING_FPR = 0.05
 """FMR at which a photo counts as its siblings'. There about as many strangers are let in as right photos are refused,
 2 to 3 %; measured by ``vultus-train guards`` on ``validation``."""
@@ -147,10 +150,12 @@ class Recognizer:
         self._probes = Probes()
         self._counting = threading.Lock()
         self._own = OwnCalibrations(calibration, repository.embeddings)
-        for entries in repository.index_entries(self.model_id):
-            index.add(entries)
-            self._own.load(entries)
-        self._own.loaded()
+        record = repository.members(self.model_id)
+        for missing in index.restore(record, *repository.renew_stamp()):
+            for entries in repository.index_entries(missing):
+                index.add(entries)
+        for members in record:
+            self._own.load(members)
         self._foreign = repository.foreign_models(self.model_id)
 
     # --- photos
@@ -604,8 +609,8 @@ class Recognizer:
     def _candidates(
         self, gallery: str, probes: NDArray[np.float32], top_k: int
     ) -> tuple[list[list[Candidate]], int, int]:
-        found = self._index.search_subjects(gallery, probes, top_k)
-        return self._named(found.hits), found.subjects, found.templates
+        found = self._index.search_subjects(gallery, probes, top_k + SPARE)
+        return self._named(found.hits, probes, top_k), found.subjects, found.templates
 
     def _similar(
         self,
@@ -616,27 +621,32 @@ class Recognizer:
         min_similarity: float | None,
         without: int | None,
     ) -> list[SimilarFaces]:
-        hits = self._index.search_faces(gallery, probes, top_k if without is None else top_k + 1)
+        found = self._index.search_faces(gallery, probes, top_k + SPARE)
+        others = [[hit for hit in hits if hit.row_id != without] for hits in found]
         lowest = -2.0 if min_similarity is None else min_similarity
-        kept = [[hit for hit in row if hit.row_id != without and hit.similarity >= lowest][:top_k] for row in hits]
-        return [SimilarFaces(face, tuple(similar)) for face, similar in zip(faces, self._named(kept), strict=True)]
-
-    def _named(self, hits: Sequence[Sequence[Hit]]) -> list[list[Candidate]]:
-        labels = self.repository.labels(list({hit.row_id for row in hits for hit in row}))
         return [
-            [
-                Candidate(
-                    labels[hit.row_id].subject,
-                    labels[hit.row_id].face_id,
-                    _cosine(hit.similarity),
-                    self._calibration.probability(hit.similarity),
-                )
-                for hit in row
-                # Whoever was deleted since the search is no candidate.
-                if hit.row_id in labels
-            ]
-            for row in hits
+            SimilarFaces(face, tuple(candidate for candidate in candidates if candidate.similarity >= lowest))
+            for face, candidates in zip(faces, self._named(others, probes, top_k), strict=True)
         ]
+
+    def _named(self, found: Sequence[Sequence[Hit]], probes: NDArray[np.float32], top_k: int) -> list[list[Candidate]]:
+        """Name the ``top_k`` most similar of what was found, with similarities from the embeddings as enrolled."""
+        labels = self.repository.labels(list({hit.row_id for hits in found for hit in hits}))
+        named = []
+        for hits, probe in zip(found, probes, strict=True):
+            # Whoever was deleted since the search is no candidate.
+            held = [labels[hit.row_id] for hit in hits if hit.row_id in labels]
+            scored = [(float(label.embedding @ probe), label) for label in held]
+            scored.sort(key=lambda item: -item[0])
+            named.append(
+                [
+                    Candidate(
+                        label.subject, label.face_id, _cosine(similarity), self._calibration.probability(similarity)
+                    )
+                    for similarity, label in scored[:top_k]
+                ]
+            )
+        return named
 
     def _verified(
         self,

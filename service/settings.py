@@ -19,12 +19,14 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="Address to listen on. Any but a loopback address needs keys.")
     port: int = Field(8000, ge=0, le=65535, description="TCP port to listen on.")
-    data_dir: Path = Field(Path("data"), description="Folder of the database. One process at a time owns it.")
+    data_dir: Path = Field(
+        Path("data"), description="Folder of the database and of the index's files. One process at a time owns it."
+    )
     database_url: str | None = Field(
         None, description="SQLAlchemy URL of the record. Default: SQLite in the data folder."
     )
     gallery_url: Literal["faiss:"] = Field(
-        "faiss:", description="The index engine. `faiss:` is exact search in this process's memory."
+        "faiss:", description="The index engine. `faiss:` searches in this process's memory."
     )
     models_dir: Path = Field(BUNDLED_MODELS, description="Folder that holds a folder for each model.")
     model: str = Field("dlib-resnet", description="The embedder: a folder name in the models folder.")

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from service import own_calibration
 from service.calibration import Calibration
-from service.domain import IndexEntries, OperatingPoint
+from service.domain import IndexEntries, Members, OperatingPoint
 from service.own_calibration import OwnCalibrations
 from service.settings import BUNDLED_MODELS
 
@@ -81,6 +81,17 @@ def test_removal_undoes_addition_to_the_bit(first: list[int], second: list[int],
         assert points(own) == points(gallery(first))
     finally:
         own_calibration.SUBJECTS = before
+
+
+@pytest.mark.usefixtures("small")
+def test_a_start_finds_what_enrolment_had_made() -> None:
+    for rows in (range(30), range(150)):
+        loaded = OwnCalibrations(SHIPPED, fetch)
+        loaded.load(Members("g", *(held[::-1].copy() for held in (entries(rows).row_ids, entries(rows).subject_ids))))
+        assert points(loaded) == points(gallery(rows))
+        # Those who were left out move up as in a gallery that grew.
+        loaded.remove("g", list(range(24)))
+        assert points(loaded) == points(gallery(range(24, len(rows))))
 
 
 @pytest.mark.usefixtures("small")

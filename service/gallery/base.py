@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from service.domain import Hit, IndexEntries
+from service.domain import Hit, IndexEntries, Members
 
 
 @dataclass(frozen=True)
@@ -28,14 +29,22 @@ class GalleryIndex(Protocol):
     """A copy of the templates that answers which are most similar. It can always be rebuilt from SQL.
 
     An index may be used from many threads; each call sees the galleries before or after any other call,
-    never between. A gallery that holds nothing need not be announced.
+    never between. A gallery that holds nothing need not be announced. An approximate index may miss a neighbour, and
+    its similarities are as exact as its copies; how many there are it knows exactly.
     """
+
+    def restore(self, record: Sequence[Members], stamp: str, renewed: str) -> list[Members]:
+        """Begin with what an earlier process left on the disk of these templates, and return those to be added.
+
+        What it left of others is deleted before this returns. ``stamp``: says which state of the database that must
+        belong to; ``renewed``: the stamp from now on.
+        """
 
     def add(self, entries: IndexEntries) -> None:
         """Add templates; one whose row id is there already is replaced."""
 
     def remove(self, gallery: str, row_ids: NDArray[np.int64]) -> None:
-        """Take templates out; row ids that are not there are passed over."""
+        """Take templates out, from the disk too; row ids that are not there are passed over."""
 
     def sizes(self, gallery: str) -> tuple[int, int]:
         """Return how many subjects and how many templates a gallery holds."""

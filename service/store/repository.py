@@ -42,6 +42,7 @@ from service.domain import (
     Face,
     Gallery,
     IndexEntries,
+    Members,
     NewTemplate,
     OwnCalibrationMode,
     Portrait,
@@ -59,7 +60,7 @@ from service.errors import (
     StorageFull,
     SubjectNotFound,
 )
-from service.store.tables import crops, faces, galleries, subjects
+from service.store.tables import crops, faces, galleries, index_stamps, subjects
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 
@@ -70,10 +71,11 @@ _POSTGRES_FULL = {"53100"}
 
 @dataclass(frozen=True)
 class Label:
-    """The public names of an enrolled face."""
+    """The public names of an enrolled face, and its embedding as it was enrolled."""
 
     face_id: str
     subject: str
+    embedding: Embedding
 
 
 class Repository:
@@ -258,41 +260,58 @@ class Repository:
         return np.stack([_vector(blob) for blob in blobs]) if blobs else np.empty((0, 0), np.float32)
 
     def labels(self, row_ids: Sequence[int]) -> dict[int, Label]:
-        """Return the public names of these faces; those that are gone in the meantime are left out."""
+        """Return names and embeddings of these faces; those that are gone in the meantime are left out."""
         found: dict[int, Label] = {}
         with self._read() as connection:
             for start in range(0, len(row_ids), 500):
                 rows = connection.execute(
-                    select(faces.c.id, faces.c.face_id, subjects.c.name)
+                    select(faces.c.id, faces.c.face_id, faces.c.embedding, subjects.c.name)
                     .join(subjects, subjects.c.id == faces.c.subject_id)
                     .where(faces.c.id.in_(row_ids[start : start + 500]))
                 )
-                found.update({row.id: Label(row.face_id, row.name) for row in rows})
+                found.update({row.id: Label(row.face_id, row.name, _vector(row.embedding)) for row in rows})
         return found
 
-    def index_entries(self, model_id: str, batch: int = 4096) -> Iterator[IndexEntries]:
-        """Return what the index should hold: every template of one model, a batch of one gallery at a time."""
+    def members(self, model_id: str) -> list[Members]:
+        """Return what the index should hold, without the vectors: every gallery's templates of one model."""
         with self._read() as connection:
-            names = connection.execute(select(galleries.c.id, galleries.c.name)).all()
-        for gallery_id, gallery in names:
-            after = 0
-            while True:
-                with self._read() as connection:
-                    rows = connection.execute(
-                        select(faces.c.id, faces.c.subject_id, faces.c.embedding)
-                        .join(subjects, subjects.c.id == faces.c.subject_id)
-                        .where(
-                            subjects.c.gallery_id == gallery_id,
-                            faces.c.model_id == model_id,
-                            faces.c.id > after,
-                        )
-                        .order_by(faces.c.id)
-                        .limit(batch)
-                    ).all()
-                if not rows:
-                    break
-                yield _entries(gallery, [(row.id, row.subject_id, _vector(row.embedding)) for row in rows])
-                after = rows[-1].id
+            found = [
+                (
+                    gallery,
+                    np.array(
+                        connection.execute(
+                            select(faces.c.id, faces.c.subject_id)
+                            .join(subjects, subjects.c.id == faces.c.subject_id)
+                            .where(subjects.c.gallery_id == gallery_id, faces.c.model_id == model_id)
+                        ).all(),
+                        np.int64,
+                    ).reshape(-1, 2),
+                )
+                for gallery_id, gallery in connection.execute(select(galleries.c.id, galleries.c.name)).all()
+            ]
+        by_row = [(gallery, rows[np.argsort(rows[:, 0])]) for gallery, rows in found if len(rows)]
+        return [Members(gallery, rows[:, 0].copy(), rows[:, 1].copy()) for gallery, rows in by_row]
+
+    def index_entries(self, members: Members, batch: int = 4096) -> Iterator[IndexEntries]:
+        """Return these templates with their vectors, in batches; those that are gone in the meantime are left out."""
+        for start in range(0, len(members.row_ids), batch):
+            with self._read() as connection:
+                rows = connection.execute(
+                    select(faces.c.id, faces.c.subject_id, faces.c.embedding)
+                    .where(faces.c.id.in_(members.row_ids[start : start + batch].tolist()))
+                    .order_by(faces.c.id)
+                ).all()
+            yield _entries(members.gallery, [(row.id, row.subject_id, _vector(row.embedding)) for row in rows])
+
+    def renew_stamp(self) -> tuple[str, str]:
+        """Give this state of the record a new stamp, and return the one before, empty if there was none, and the new.
+
+        Files of the index carry the stamp. One that does not fit belongs to another state: a copy of the database that
+        was put back, one that was used elsewhere, or other embeddings.
+        """
+        with self._write() as connection:
+            before = connection.scalar(select(index_stamps.c.stamp))
+            return before or "", _restamp(connection)
 
     def foreign_models(self, model_id: str) -> dict[str, set[str]]:
         """Return the galleries that hold templates of other models than ``model_id``, with those models."""
@@ -393,6 +412,7 @@ class Repository:
     def replace_embeddings(self, model_id: str, embeddings: Sequence[tuple[int, Embedding]]) -> None:
         """Give these faces (row id, embedding) templates of ``model_id``, all in one transaction."""
         with self._write() as connection:
+            _restamp(connection)
             for row_id, embedding in embeddings:
                 connection.execute(
                     update(faces).where(faces.c.id == row_id).values(model_id=model_id, embedding=_blob(embedding))
@@ -484,6 +504,13 @@ def _entries(gallery: str, rows: Sequence[tuple[int, int, Embedding]]) -> IndexE
         np.array([row[1] for row in rows], np.int64),
         np.stack([row[2] for row in rows]) if rows else np.empty((0, 0), np.float32),
     )
+
+
+def _restamp(connection: Connection) -> str:
+    stamp = uuid.uuid4().hex
+    connection.execute(delete(index_stamps))
+    connection.execute(insert(index_stamps).values(stamp=stamp))
+    return stamp
 
 
 def _insert_template(connection: Connection, subject_id: int, item: NewTemplate) -> int:

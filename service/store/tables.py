@@ -10,6 +10,7 @@ from sqlalchemy import (
     DateTime,
     Dialect,
     ForeignKey,
+    Index,
     Integer,
     LargeBinary,
     MetaData,
@@ -82,7 +83,15 @@ faces = Table(
     Column("created_at", UtcDateTime, nullable=False),
     Column("embedding", LargeBinary, nullable=False),
     UniqueConstraint("subject_id", "image_sha256"),
+    # Says who has templates of which model without reading the vectors.
+    Index("ix_faces_subject_id_model_id", "subject_id", "model_id"),
     sqlite_autoincrement=True,
+)
+
+index_stamps = Table(
+    "index_stamps",
+    metadata,
+    Column("stamp", String(32), primary_key=True),
 )
 
 crops = Table(

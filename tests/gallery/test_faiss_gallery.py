@@ -1,4 +1,4 @@
-"""The index against an exact search in NumPy, alone and with eight threads at once."""
+"""The index against an exact search in NumPy, alone and with eight threads at once, exact and approximate."""
 
 from __future__ import annotations
 
@@ -6,91 +6,95 @@ import threading
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from service.domain import IndexEntries
+from service.gallery import inverted
 from service.gallery.faiss_gallery import FaissGallery
+from tests.gallery.people import DIMENSION, Oracle, assert_equal, entries, unit
 
-DIMENSION = 64
+CODED = 5e-3
+"""How far similarities of codes may be from the true ones: eight standard deviations at this D."""
 
-
-class Oracle:
-    """What the index should hold, and the plain way to search it."""
-
-    def __init__(self) -> None:
-        self.held: dict[int, tuple[int, NDArray[np.float32]]] = {}
-
-    def subjects(self, probe: NDArray[np.float32], top_k: int) -> list[tuple[int, int, float]]:
-        best: dict[int, tuple[int, int, float]] = {}
-        for row_id, subject_id, similarity in self.faces(probe, len(self.held)):
-            best.setdefault(subject_id, (row_id, subject_id, similarity))
-        return list(best.values())[:top_k]
-
-    def faces(self, probe: NDArray[np.float32], top_k: int) -> list[tuple[int, int, float]]:
-        scored = [(row_id, subject_id, float(vector @ probe)) for row_id, (subject_id, vector) in self.held.items()]
-        return sorted(scored, key=lambda hit: -hit[2])[:top_k]
+# Exact throughout; and approximate from the 200th template on.
+KINDS = pytest.mark.parametrize(("changeover", "within"), [(10**9, 1e-5), (200, CODED)], ids=["exact", "approximate"])
 
 
-def unit(rng: np.random.Generator, count: int) -> NDArray[np.float32]:
-    vectors = rng.normal(size=(count, DIMENSION)).astype(np.float32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-
-
-def entries(rng: np.random.Generator, row_ids: list[int], subjects: list[int], gallery: str = "g") -> IndexEntries:
-    return IndexEntries(gallery, np.array(row_ids, np.int64), np.array(subjects, np.int64), unit(rng, len(row_ids)))
-
-
-def assert_equal(index: FaissGallery, oracle: Oracle, rng: np.random.Generator, gallery: str = "g") -> None:
-    subjects = {subject_id for subject_id, _ in oracle.held.values()}
-    assert index.sizes(gallery) == (len(subjects), len(oracle.held))
-    probes = unit(rng, 5)
-    for top_k in (1, 3, 10_000):
-        by_subject = index.search_subjects(gallery, probes, top_k)
-        assert (by_subject.subjects, by_subject.templates) == (len(subjects), len(oracle.held))
-        by_face = index.search_faces(gallery, probes, top_k)
-        for number, probe in enumerate(probes):
-            everything = {row_id: similarity for row_id, _, similarity in oracle.faces(probe, len(oracle.held))}
-            for hits, expected in (
-                (by_subject.hits[number], oracle.subjects(probe, top_k)),
-                (by_face[number], oracle.faces(probe, top_k)),
-            ):
-                # Rounding may exchange two that are equally similar, so ranks are compared by similarity.
-                assert [hit.similarity for hit in hits] == pytest.approx([item[2] for item in expected], abs=1e-5)
-                assert len({hit.row_id for hit in hits}) == len(hits)
-                for hit in hits:
-                    assert hit.subject_id == oracle.held[hit.row_id][0]
-                    assert hit.similarity == pytest.approx(everything[hit.row_id], abs=1e-5)
-            assert len({hit.subject_id for hit in by_subject.hits[number]}) == min(top_k, len(subjects))
-
-
-def test_searches_equal_the_oracle_as_templates_come_and_go() -> None:
+@KINDS
+def test_searches_equal_the_oracle_as_templates_come_and_go(changeover: int, within: float) -> None:
     rng = np.random.default_rng(1)
-    index, oracle = FaissGallery(DIMENSION), Oracle()
-    for step in range(40):
+    index, oracle = FaissGallery(DIMENSION, changeover=changeover), Oracle()
+    for step in range(45):
         if rng.random() < 0.7 or not oracle.held:
-            new = entries(rng, [step * 100 + number for number in range(20)], rng.integers(0, 30, 20).tolist())
+            new = entries(rng, [step * 100 + number for number in range(20)], rng.integers(0, 60, 20).tolist())
             index.add(new)
-            for row_id, subject_id, vector in zip(new.row_ids, new.subject_ids, new.embeddings, strict=True):
-                oracle.held[int(row_id)] = (int(subject_id), vector)
+            oracle.add(new)
         else:
             gone = rng.choice(list(oracle.held), min(15, len(oracle.held)), replace=False)
             index.remove("g", np.append(gone, 999_999))
             for row_id in gone:
                 del oracle.held[int(row_id)]
-        assert_equal(index, oracle, rng)
+        if step % 3 == 0:
+            index.settle()
+            assert_equal(index, oracle, rng, within=within)
+    assert index.approximate("g") == (within == CODED)
 
 
-def test_one_subject_with_many_templates_hides_nobody() -> None:
+@KINDS
+def test_one_subject_with_many_templates_hides_nobody(
+    changeover: int, within: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # So few that what is wanted is in other lists than the nearest.
+    monkeypatch.setattr(inverted, "PER_LIST", 8)
+    monkeypatch.setattr("service.gallery.faiss_gallery.PROBED", 1)
     rng = np.random.default_rng(2)
     probe = unit(rng, 1)
-    index = FaissGallery(DIMENSION)
+    index, oracle = FaissGallery(DIMENSION, changeover=changeover), Oracle()
+    others = entries(rng, list(range(1000, 1400)), list(range(1000, 1400)))
     crowd = entries(rng, list(range(500)), [1] * 500)
-    near = np.repeat(probe, 500, axis=0) + 0.01 * crowd.embeddings
-    index.add(IndexEntries("g", crowd.row_ids, crowd.subject_ids, near / np.linalg.norm(near, axis=1, keepdims=True)))
-    index.add(entries(rng, [1000, 1001], [2, 3]))
-    (hits,) = index.search_subjects("g", probe, 3).hits
+    near = probe + 0.02 * crowd.embeddings
+    near = IndexEntries("g", crowd.row_ids, crowd.subject_ids, near / np.linalg.norm(near, axis=1, keepdims=True))
+    for new in (others, near):
+        index.add(new)
+        oracle.add(new)
+        index.settle()
+    (hits,) = index.search_subjects("g", probe, 300).hits
     assert hits[0].subject_id == 1
-    assert {hit.subject_id for hit in hits} == {1, 2, 3}
+    assert len({hit.subject_id for hit in hits}) == 300
+    (hits,) = index.search_subjects("g", probe, 401).hits
+    expected = oracle.subjects(probe[0], 401)
+    assert [hit.similarity for hit in hits] == pytest.approx([item[2] for item in expected], abs=within)
+
+
+def test_an_approximate_search_finds_the_same_person(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With as few lists probed, of as many, as in a gallery of half a million."""
+    monkeypatch.setattr(inverted, "PER_LIST", 16)
+    monkeypatch.setattr("service.gallery.faiss_gallery.PROBED", 16)
+    rng = np.random.default_rng(9)
+    index = FaissGallery(DIMENSION, changeover=8000)
+    people = entries(rng, list(range(8000)), list(range(8000)))
+    index.add(people)
+    index.settle()
+    assert index.approximate("g")
+    probes = people.embeddings[:500] + 0.2 * (unit(rng, 500) - unit(rng, 500).mean(axis=0))
+    probes /= np.linalg.norm(probes, axis=1, keepdims=True)
+    found = index.search_subjects("g", probes, 1).hits
+    assert np.mean([hits[0].subject_id == person for person, hits in enumerate(found)]) > 0.98
+
+
+@KINDS
+def test_a_gallery_that_was_emptied_begins_anew(changeover: int, within: float) -> None:
+    rng = np.random.default_rng(5)
+    index, oracle = FaissGallery(DIMENSION, changeover=changeover), Oracle()
+    new = entries(rng, list(range(300)), list(range(300)))
+    index.add(new)
+    index.settle()
+    index.remove("g", new.row_ids)
+    assert index.sizes("g") == (0, 0)
+    assert index.search_faces("g", unit(rng, 2), 3) == [[], []]
+    second = entries(rng, [7, 5, 6], [1, 2, 2])
+    index.add(second)
+    oracle.add(second)
+    assert_equal(index, oracle, rng)
 
 
 def test_galleries_know_nothing_of_one_another() -> None:
@@ -107,36 +111,45 @@ def test_galleries_know_nothing_of_one_another() -> None:
     assert index.search_subjects("c", probes, 10).hits == [[]]
 
 
-def test_adding_a_template_again_replaces_it() -> None:
+@KINDS
+def test_adding_a_template_again_replaces_it(changeover: int, within: float) -> None:
     rng = np.random.default_rng(4)
-    index = FaissGallery(DIMENSION)
-    index.add(entries(rng, [1], [1]))
-    second = entries(rng, [1], [1])
+    index = FaissGallery(DIMENSION, changeover=changeover)
+    index.add(entries(rng, list(range(300)), list(range(300))))
+    index.settle()
+    second = entries(rng, [1, 301], [1, 1])
     index.add(second)
-    assert index.sizes("g") == (1, 1)
-    assert index.search_faces("g", second.embeddings, 5)[0][0].similarity == pytest.approx(1.0, abs=1e-5)
+    assert index.sizes("g") == (300, 301)
+    for vector, row_id in zip(second.embeddings, (1, 301), strict=True):
+        best = index.search_faces("g", vector[None], 5)[0][0]
+        assert (best.row_id, best.subject_id) == (row_id, 1)
+        assert best.similarity == pytest.approx(1.0, abs=within)
 
 
-def test_eight_threads_add_and_remove_while_others_search() -> None:
-    index, oracle = FaissGallery(DIMENSION), Oracle()
+@pytest.mark.parametrize("changeover", [10**9, 300], ids=["exact", "changing over"])
+def test_eight_threads_add_and_remove_while_others_search(changeover: int) -> None:
+    index, oracle = FaissGallery(DIMENSION, changeover=changeover), Oracle()
     changing, failures = threading.Event(), []
     changing.set()
+    # Nobody touches these: every search must find them, whatever is going on.
+    fixed = entries(np.random.default_rng(6), list(range(1, 51)), list(range(1000, 1050)))
+    index.add(fixed)
+    oracle.add(fixed)
 
-    def change(thread: int) -> dict[int, tuple[int, NDArray[np.float32]]]:
+    def change(thread: int) -> Oracle:
         rng = np.random.default_rng(100 + thread)
-        mine: dict[int, tuple[int, NDArray[np.float32]]] = {}
+        mine = Oracle()
         for step in range(150):
-            row_ids = [thread * 1_000_000 + step * 10 + number for number in range(5)]
+            row_ids = [(thread + 1) * 1_000_000 + step * 10 + number for number in range(5)]
             # Threads share subjects, so that their counts are changed from several sides.
             new = entries(rng, row_ids, rng.integers(0, 40, 5).tolist())
             index.add(new)
-            for row_id, subject_id, vector in zip(new.row_ids, new.subject_ids, new.embeddings, strict=True):
-                mine[int(row_id)] = (int(subject_id), vector)
+            mine.add(new)
             if step % 3 == 2:
-                gone = rng.choice(list(mine), 6, replace=False)
+                gone = rng.choice(list(mine.held), 6, replace=False)
                 index.remove("g", gone)
                 for row_id in gone:
-                    del mine[int(row_id)]
+                    del mine.held[int(row_id)]
         return mine
 
     def search() -> None:
@@ -148,12 +161,18 @@ def test_eight_threads_add_and_remove_while_others_search() -> None:
                     failures.append("not sorted")
                 if len({hit.subject_id for hit in hits}) != len(hits):
                     failures.append("a subject twice")
+                if len(hits) != 5:
+                    failures.append("too few")
+            place = int(rng.integers(50))
+            (hits,) = index.search_faces("g", fixed.embeddings[place : place + 1], 1)
+            if hits[0].row_id != fixed.row_ids[place]:
+                failures.append("missed")
 
     def guarded(work, *arguments):  # type: ignore[no-untyped-def]
         try:
             result = work(*arguments)
             if result is not None:
-                oracle.held.update(result)
+                oracle.held.update(result.held)
         except Exception as exc:
             failures.append(exc)
 
@@ -167,4 +186,6 @@ def test_eight_threads_add_and_remove_while_others_search() -> None:
     for thread in searchers:
         thread.join()
     assert failures == []
-    assert_equal(index, oracle, np.random.default_rng(8))
+    index.settle()
+    assert index.approximate("g") == (changeover == 300)
+    assert_equal(index, oracle, np.random.default_rng(8), within=CODED)

@@ -95,10 +95,36 @@ def test_what_goes_in_comes_back(repository: Repository, url: str) -> None:
     assert face.face.box == FACE.box and face.face.quality == FACE.quality
     np.testing.assert_array_equal(face.face.landmarks, FACE.landmarks)
     np.testing.assert_array_equal(again.embeddings([face.row_id]), new.embedding[None])
-    (loaded,) = again.index_entries("m")
+    (members,) = again.members("m")
+    (loaded,) = again.index_entries(members)
     np.testing.assert_array_equal(loaded.row_ids, entries.row_ids)
     np.testing.assert_array_equal(loaded.embeddings, entries.embeddings)
     again.close()
+
+
+def test_members_are_each_gallerys_templates_of_one_model_by_row(repository: Repository) -> None:
+    repository.create_gallery("g")
+    enrolled: dict[str, list[tuple[int, int]]] = {"default": [], "g": []}
+    for seed, (gallery, subject) in enumerate([("g", "A"), ("default", "A"), ("default", "B"), ("g", "A")]):
+        _, entries = repository.enroll(gallery, subject, None, [template(seed)])
+        repository.enroll(gallery, subject, None, [template(100 + seed, model_id="other")])
+        enrolled[gallery].append((int(entries.row_ids[0]), int(entries.subject_ids[0])))
+    found = {
+        held.gallery: list(zip(held.row_ids.tolist(), held.subject_ids.tolist(), strict=True))
+        for held in repository.members("m")
+    }
+    assert found == enrolled
+    assert repository.members("none") == []
+
+
+def test_the_stamp_changes_with_each_start_and_with_the_embeddings(repository: Repository) -> None:
+    (_, first), (before, second) = repository.renew_stamp(), repository.renew_stamp()
+    assert before == first != second
+    _, entries = repository.enroll("default", "Ada", None, [template(1)])
+    assert repository.renew_stamp()[0] == second
+    third = repository.renew_stamp()[1]
+    repository.replace_embeddings("other", [(int(entries.row_ids[0]), template(2).embedding)])
+    assert repository.renew_stamp()[0] != third
 
 
 def test_what_own_people_may_do_is_kept(repository: Repository) -> None:
@@ -116,6 +142,8 @@ def test_a_database_from_before_own_people_goes_on(url: str) -> None:
     first = Repository(url)
     first.create_gallery("g")
     with first.engine.begin() as connection:
+        connection.execute(text("DROP TABLE index_stamps"))
+        connection.execute(text("DROP INDEX ix_faces_subject_id_model_id"))
         connection.execute(text("ALTER TABLE galleries DROP COLUMN own_calibration"))
         connection.execute(text("UPDATE alembic_version SET version_num = '0001'"))
     first.close()
