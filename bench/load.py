@@ -35,6 +35,7 @@ from service.settings import Settings
 from tests.support import Server
 
 SCRIPT = Path(__file__).with_name("identify.lua")
+CALLERS = (2, 4, 8)
 BOUNDARY = "vultus-bench-7d1f"
 
 
@@ -184,25 +185,26 @@ def capacity_of(
     recognizer: Recognizer, server: Server, files: Sequence[Path], photos: Sequence[bytes], asked: argparse.Namespace
 ) -> float:
     """Print both rates and their ratio; return that of HTTP."""
-    tried = {threads: in_process(recognizer, photos, threads, 3) for threads in (1, 2, 4, 8)}
-    print("in-process by callers:", ", ".join(f"{threads}: {rate:.1f}/s" for threads, rate in tried.items()))
-    threads = max(tried, key=lambda one: tried[one])
+    here: dict[int, list[float]] = {threads: [] for threads in CALLERS}
+    served = []
     wrk(server.url, files, asked.clients, 3)
-    here, served = [], []
     assert server.process is not None
     served_before, here_before = harness.cpu_seconds(server.process.pid), time.process_time()
     for _ in range(asked.rounds):
-        here.append(in_process(recognizer, photos, threads, asked.seconds))
+        for threads, found in here.items():
+            found.append(in_process(recognizer, photos, threads, asked.seconds))
         served.append(wrk(server.url, files, asked.clients, asked.seconds))
-    here_cpu = (time.process_time() - here_before) / sum(here) / asked.seconds
+    here_cpu = (time.process_time() - here_before) / sum(map(sum, here.values())) / asked.seconds
     served_cpu = (harness.cpu_seconds(server.process.pid) - served_before) / sum(found["answers"] for found in served)
+    best = max(statistics.median(found) for found in here.values())
     rates = [found["rate"] for found in served]
-    print(f"in-process, {threads} callers: {statistics.median(here):.1f} faces/s  ({_list(here)})")
+    for threads, found in here.items():
+        print(f"in-process, {threads} callers: {statistics.median(found):.1f} faces/s  ({_list(found)})")
     print(f"HTTP, {asked.clients} clients: {statistics.median(rates):.1f} faces/s  ({_list(rates)})")
     last = served[-1]
     print(f"  p50 {1e3 * last['p50']:.1f} ms, p99 {1e3 * last['p99']:.1f} ms, errors {last['errors']:.0f}")
     print(f"processor time of a face: {1e3 * here_cpu:.1f} ms in-process, {1e3 * served_cpu:.1f} ms of the service")
-    print(f"ratio: {statistics.median(rates) / statistics.median(here):.3f} (at least 0.85)")
+    print(f"ratio to the best of those in-process: {statistics.median(rates) / best:.3f} (at least 0.85)")
     return statistics.median(rates)
 
 
