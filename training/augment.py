@@ -22,6 +22,9 @@ MEAN: Final = 127.5
 DIVISOR: Final = 128.0
 """A network sees (x − MEAN) / DIVISOR of x in 0…255."""
 
+TIGHT: Final = 0.15
+"""Largest share of the side that a photo cut too close lacks at an edge."""
+
 GREY: Final = (0.299, 0.587, 0.114)
 """Luma of ITU-R BT.601."""
 
@@ -33,7 +36,8 @@ class AugmentConfig(BaseModel):
     ``scale``: 0.1 is from 1/1.1 to 1.1. ``brightness``: of 255; ``contrast``, ``saturation``: 0.2 is 0.8 to 1.2.
     The others are shares of the views: ``grey`` without colour; ``coarse`` seen with 20 to 60 px; ``blur`` with a
     Gaussian of 0.5 to 2.5 % of the side; ``noise`` of 4 to 25 grey levels; ``dark``, a fifth to three quarters of the
-    light; ``jpeg`` of quality 15 to 70; ``occlusion``, a rectangle of 10 to 50 % of the side each way.
+    light; ``jpeg`` of quality 15 to 70; ``occlusion``, a rectangle of 10 to 50 % of the side each way; ``tight``, as of
+    a photo cut close to the face: up to 15 % of the side at each edge repeats what lies inside.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -52,6 +56,7 @@ class AugmentConfig(BaseModel):
     dark: Share = 0.0
     jpeg: Share = 0.0
     occlusion: Share = 0.0
+    tight: Share = 0.0
 
 
 def views(
@@ -100,6 +105,12 @@ def _placed(images: Tensor, size: int, config: AugmentConfig | None, generator: 
         transform[:, 1, 1] = factor * angle.cos()
         transform[:, :, 2] = 2 * middle * _between(count * 2, -config.shift, config.shift, generator).view(count, 2)
     grid = F.affine_grid(transform, [count, 3, size, size], align_corners=False)
+    if config is not None and config.tight:
+        # Upright in the photo, whatever the view's turn: the grid's coordinates are the photo's.
+        cut = torch.rand(count, generator=generator) < config.tight
+        low, high = (middle * (1 - 2 * _between(count * 2, 0, TIGHT, generator)) for _ in range(2))
+        edge = torch.where(cut.repeat_interleave(2), torch.stack([low, high]), math.inf).view(2, count, 1, 1, 2)
+        grid = grid.clamp(min=-edge[0], max=edge[1])
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 

@@ -39,7 +39,7 @@ class Backbone(nn.Module):
     """Crops to embeddings.
 
     Takes ``float32[N, 3, S, S]``, RGB, (x − 127.5) / 128, and gives ``float32[N, D]``, not of unit length. ``size``: S,
-    in pixels, that the head is made for.
+    in pixels, that the head is made for. ``widths``: channels of what each stage gives.
     """
 
     def __init__(self, config: BackboneConfig, size: int) -> None:
@@ -59,9 +59,10 @@ class Backbone(nn.Module):
         with torch.no_grad():
             was_training = self.training
             self.eval()
-            side = self.stages(self.stem(torch.zeros(1, 3, size, size))).shape[-1]
+            maps = self.maps(torch.zeros(1, 3, size, size))
             self.train(was_training)
-        width = int(net.fc.in_features)
+        self.widths = tuple(int(one.shape[1]) for one in maps)
+        side, width = maps[-1].shape[-1], self.widths[-1]
         self.pool = (
             nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
             if config.head == "average"
@@ -76,8 +77,18 @@ class Backbone(nn.Module):
 
     def forward(self, crops: Tensor) -> Tensor:
         """``float32[N, 3, S, S]`` to ``float32[N, D]``."""
-        features: Tensor = self.pool(self.stages(self.stem(crops)))
-        embeddings: Tensor = self.embed(self.dropout(features))
+        return self.embeddings(self.maps(crops)[-1])
+
+    def maps(self, crops: Tensor) -> list[Tensor]:
+        """What each of the four stages makes of ``float32[N, 3, S, S]``: ``[N, widths[stage], side, side]``."""
+        found = [self.stem(crops)]
+        for stage in self.stages:
+            found.append(stage(found[-1]))
+        return found[1:]
+
+    def embeddings(self, last: Tensor) -> Tensor:
+        """``float32[N, D]`` of the last stage's map."""
+        embeddings: Tensor = self.embed(self.dropout(self.pool(last)))
         return embeddings
 
 

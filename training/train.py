@@ -35,9 +35,9 @@ from training.augment import AugmentConfig, normalised, resized, views
 from training.backbone import Backbone, BackboneConfig
 from training.batches import TrainingSet, people_by_photos, shuffled, training_set
 from training.data import DataError, Role, Split
-from training.distill import DistillConfig, Teacher, distance
+from training.distill import DistillConfig, Hints, Targets, Teacher, distance
 from training.losses import LossConfig, TripletConfig, make_objective
-from training.prepare import Prepared, load_prepared
+from training.prepare import TRAINING_VIEW, Prepared, load_prepared
 from training.report import CONFIG, METRICS, TEST, Tested
 from training.validation import CENTROID_PHOTOS, embedded, score
 
@@ -116,20 +116,26 @@ def read_config(path: Path) -> RunConfig:
 class Learner(nn.Module):
     """The network with what it learns from: one module, since several processes share its gradients."""
 
-    def __init__(self, config: RunConfig, classes: int) -> None:
+    def __init__(self, config: RunConfig, classes: int, channels: tuple[int, ...] = ()) -> None:
+        """``classes``: how many people. ``channels``: of the teacher's map of each hint."""
         super().__init__()
         self.backbone = Backbone(config.backbone, config.size)
         self.objective = make_objective(config.loss, config.backbone.dimension, classes)
         self.distill = config.distill
+        self.hints = Hints(config.distill, self.backbone.widths, channels) if config.distill and channels else None
 
-    def forward(self, images: Tensor, labels: Tensor, targets: Tensor | None, progress: float) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, labels: Tensor, targets: Targets | None, progress: float) -> dict[str, Tensor]:
         """The parts of the loss, weighted; their sum is what is minimised."""
+        told: dict[str, Tensor] = {}
         with torch.autocast(images.device.type, torch.bfloat16):
-            embeddings = self.backbone(images).float()
+            maps = self.backbone.maps(images)
+            embeddings = self.backbone.embeddings(maps[-1]).float()
+            if self.hints is not None and targets is not None:
+                told = self.hints(maps, targets.maps)
         parts = {"named": self.objective(embeddings, labels, progress)}
         if self.distill is not None and targets is not None:
             parts["named"] = parts["named"] * self.distill.named_weight
-            parts |= distance(embeddings, targets, self.distill)
+            parts |= distance(embeddings, targets.embeddings, self.distill) | told
         return parts
 
 
@@ -139,7 +145,7 @@ class Batch:
 
     images: Tensor
     labels: Tensor
-    targets: Tensor | None
+    targets: Targets | None
 
 
 def train(
@@ -172,7 +178,9 @@ def train(
         if config.batch % world:
             raise DataError(f"a batch of {config.batch} cannot be shared by {world} processes")
         torch.manual_seed(config.seed)
-        learner = Learner(config, len(photos.people)).to(device).to(memory_format=torch.channels_last)
+        teacher = Teacher.load(config.distill) if config.distill is not None else None
+        channels = teacher.channels if teacher is not None else ()
+        learner = Learner(config, len(photos.people), channels).to(device).to(memory_format=torch.channels_last)
         optimizer = _optimizer(learner, config)
         begun, seconds = 0, 0.0
         if init is not None and not resume:
@@ -180,7 +188,6 @@ def train(
         if resume:
             begun, seconds = _restore(out / CHECKPOINT, learner, optimizer, config, photos)
         wrapped = DistributedDataParallel(learner) if world > 1 else learner
-        teacher = Teacher.load(config.distill) if config.distill is not None else None
         chief = rank == 0
         if chief:
             out.mkdir(parents=True, exist_ok=True)
@@ -309,7 +316,8 @@ def _batches(
         labels = torch.from_numpy(photos.labels[share])
         if teacher is None:
             return Batch(normalised(views(crops, size, config.augment, generator)), labels, None)
-        seen = views(crops, teacher.size, config.augment, generator)
+        # As fine as the training crops are: the teacher's own size would only cost time.
+        seen = views(crops, max(size, TRAINING_VIEW), config.augment, generator)
         return Batch(normalised(resized(seen, size)), labels, teacher.targets(seen))
 
     with ThreadPoolExecutor(1) as pool:

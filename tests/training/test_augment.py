@@ -57,7 +57,7 @@ def test_views_can_be_had_again_and_differ_between_seeds():
 
 @pytest.mark.parametrize(
     "name", ["turn", "shift", "scale", "brightness", "contrast", "saturation", "grey", "coarse", "blur", "noise",
-             "dark", "jpeg", "occlusion"],
+             "dark", "jpeg", "occlusion", "tight"],
 )  # fmt: skip
 def test_each_change_changes_and_stays_in_range(name):
     amount = {"turn": 15, "shift": 0.1, "scale": 0.2}.get(name, 1.0)
@@ -68,6 +68,16 @@ def test_each_change_changes_and_stays_in_range(name):
     assert changed.min() >= 0
     assert changed.max() <= 255
     assert changed.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_tight_view_repeats_its_edge_pixels_and_keeps_its_middle():
+    columns = torch.arange(TRAINING_SIZE, dtype=torch.uint8).view(1, 1, -1, 1).expand(8, TRAINING_SIZE, -1, 3)
+    plain = views(columns, TRAINING_VIEW, AugmentConfig(mirror=0))
+    tight = views(columns, TRAINING_VIEW, AugmentConfig(mirror=0, tight=1), torch.Generator().manual_seed(0))
+    edge = round(TRAINING_VIEW * 0.15)
+    assert torch.allclose(tight[..., edge:-edge], plain[..., edge:-edge], atol=1e-3)
+    assert tight.amin(dim=(1, 2, 3)).gt(plain.amin()).sum() >= 6
+    assert tight.amax(dim=(1, 2, 3)).lt(plain.amax()).sum() >= 6
 
 
 def test_crops_are_not_changed():

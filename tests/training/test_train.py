@@ -17,7 +17,7 @@ from service.vision.embedder import Embedder
 from training.backbone import Backbone, BackboneConfig, parameters
 from training.batches import training_set
 from training.data import DataError, Role, Split
-from training.distill import DistillConfig, Teacher, distance
+from training.distill import DistillConfig, Hint, Hints, Teacher, distance
 from training.prepare import load_prepared
 from training.report import Tested
 from training.train import CHECKPOINT, FINAL, METRICS, load_final, read_config, train
@@ -195,15 +195,46 @@ def test_distillation_brings_the_learner_to_its_teacher(learnable, tmp_path):
 def test_the_teacher_sees_what_the_learner_sees():
     given = DistillConfig(teacher=ROOT / "models" / "dlib-resnet")
     images = torch.randint(0, 256, (2, 3, 150, 150), generator=torch.Generator().manual_seed(0)).float()
-    targets = Teacher.load(given).targets(images)
+    targets = Teacher.load(given).targets(images).embeddings
     embedder = Embedder.load(given.teacher)
     plain = Embedder(embedder.manifest.model_copy(update={"flip": False}), embedder.network)
     expected = torch.from_numpy(plain.embed(images.permute(0, 2, 3, 1).to(torch.uint8).numpy()))
     assert torch.allclose(targets, expected, atol=1e-5)
-    both = Teacher.load(given.model_copy(update={"flip": True})).targets(images)
-    mirrored = Teacher.load(given.model_copy(update={"flip": True})).targets(images.flip(3))
+    flipping = Teacher.load(given.model_copy(update={"flip": True}))
+    both, mirrored = flipping.targets(images).embeddings, flipping.targets(images.flip(3)).embeddings
     assert torch.allclose(both, mirrored, atol=1e-5)
     assert all(float(part) == pytest.approx(0, abs=1e-6) for part in distance(targets * 3, targets, given).values())
+
+
+def test_a_learner_told_of_the_teachers_maps_learns_to_tell_them(learnable, tmp_path):
+    given = config(tmp_path, people='["class", "unlabelled"]', steps=16, measure_every=8)
+    text = given.read_text().replace("dimension = 32", "dimension = 128")
+    teacher = (ROOT / "models" / "dlib-resnet").as_posix()
+    hints = '[{ stage = 2, map = "relu_56" }, { stage = 3, map = "relu_74" }]'
+    given.write_text(f'{text}\n[distill]\nteacher = "{teacher}"\nhint_weight = 1.0\nhints = {hints}\n')
+    final = learn(given, [learnable], tmp_path / "run", progress=False)
+    first, last = lines(tmp_path / "run")
+    assert last["loss_hint_2"] < first["loss_hint_2"]
+    assert last["loss_hint_3"] < first["loss_hint_3"]
+    load_final(final)
+    given.write_text(given.read_text().replace("relu_74", "relu_1000"))
+    with pytest.raises(DataError, match="no map 'relu_1000'"):
+        learn(given, [learnable], tmp_path / "other", progress=False)
+
+
+def test_hints_are_the_share_of_the_teachers_map_that_cannot_be_told():
+    generator = torch.Generator().manual_seed(0)
+    own, theirs = torch.randn(8, 6, 4, 4, generator=generator), torch.randn(8, 3, 4, 4, generator=generator)
+    hints = Hints(DistillConfig(hints=(Hint(stage=1, map="x"),), hint_weight=2.0), (5, 6, 7, 8), (3,))
+    (read,) = hints.read
+    torch.nn.init.zeros_(read.weight)
+    torch.nn.init.zeros_(read.bias)
+    theirs -= theirs.mean(dim=0)
+    (part,) = hints([own, own], (theirs,)).values()
+    assert part.item() == pytest.approx(2.0, rel=1e-5)
+    read.weight.data[:, :3, 0, 0] = torch.eye(3)
+    (part,) = hints([own, own], (own[:, :3],)).values()
+    assert part.item() == pytest.approx(0.0, abs=1e-6)
 
 
 def test_sizes_change_while_a_run_goes_on(learnable, tmp_path):
