@@ -261,42 +261,39 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from tests.gallery.test_snapshot import *
 index, oracle = filled(Path(sys.argv[1]))
-rng = np.random.default_rng(6)
-for row in range(1000, 100_000):
-    new = entries(rng, [row], [row])
-    index.add(new)
-    (code,) = codes_of(index, new)
-    if row % 2:
-        index.remove("g", np.array([row], np.int64))
+for row in range(4, 390):
+    held = IndexEntries("g", np.array([row]), np.array([row - 1]), oracle.held[row][1][None])
+    (code,) = codes_of(index, held)
+    index.remove("g", held.row_ids)
     print(row, code.hex(), flush=True)
 """
 
 
 def test_after_kill_9_the_deleted_are_gone_and_the_rest_is_sound(tmp_path: Path) -> None:
-    root = str(Path(__file__).resolve().parents[2])
+    root, data = str(Path(__file__).resolve().parents[2]), tmp_path / "data"
     process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(tmp_path), root], stdout=subprocess.PIPE, text=True, cwd=root
+        [sys.executable, "-c", KILLED, str(data), root], stdout=subprocess.PIPE, text=True, cwd=root
     )
     assert process.stdout is not None
-    answered = [process.stdout.readline().split() for _ in range(200 + random.randrange(100))]
+    lines = [process.stdout.readline() for _ in range(100 + random.randrange(100))]
     process.kill()
-    answered += [line.split() for line in process.stdout.read().splitlines() if line.count(" ") == 1]
+    lines += process.stdout.readlines()
     process.wait()
-    found = raw(tmp_path)
-    gone = [code for row, code in answered if int(row) % 2 and len(code) == 2 * DIMENSION]
-    assert len(gone) > 90
-    assert not any(bytes.fromhex(code) in found for code in gone)
+    answered = dict(line.split() for line in lines if line.endswith("\n"))
+    assert 100 <= len(answered) < 386
+    found = raw(data)
+    assert not any(bytes.fromhex(code) in found for code in answered.values())
     reference, oracle = filled(tmp_path / "reference")
     reference.close()
-    again = opened(tmp_path)
-    (tmp_path / "reference").rename(tmp_path.parent / "reference")
-    rng = np.random.default_rng(6)
-    for row in range(1000, 1000 + len(answered)):
-        new = entries(rng, [row], [row])
-        if row % 2 == 0:
-            oracle.add(new)
-    assert missing_of(again, oracle) == []
-    assert_equal(again, oracle, rng, within=CODED)
+    for row in answered:
+        del oracle.held[int(row)]
+    again = opened(data)
+    # One deletion may have come as far as the file and not to its answer.
+    lost = missing_of(again, oracle)
+    assert len(lost) <= 1
+    for row in lost:
+        del oracle.held[row]
+    assert_equal(again, oracle, np.random.default_rng(7), within=CODED)
 
 
 def test_a_full_disk_harms_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
