@@ -28,13 +28,13 @@ def test_new_people_are_learned_and_others_stay(learnable, tmp_path):
     moved = {}
     for keep in (0.0, 20.0):
         out = tmp_path / f"keep{keep}"
-        options = {"template": DLIB, "epochs": 16, "learning_rate": 0.02, "progress": False}
+        options = {"template": DLIB, "epochs": 60, "learning_rate": 0.02, "progress": False}
         final = finetune(base, learnable, out, keep=keep, **options)
         told = lines(out)
         assert told[-1]["loss_named"] < told[0]["loss_named"]
         moved[keep] = 1 - float((unit(base) * unit(final)).sum(dim=1).mean())
         with pytest.raises(DataError, match="another configuration"):
-            finetune(base, learnable, out, keep=keep, **options | {"epochs": 17, "learning_rate": 0.01})
+            finetune(base, learnable, out, keep=keep, **options | {"epochs": 61, "learning_rate": 0.01})
     assert 0 < moved[20.0] < 0.7 * moved[0.0]
 
 
