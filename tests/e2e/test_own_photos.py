@@ -342,7 +342,9 @@ def test_others_are_answered_meanwhile_and_a_second_evaluation_waits(
 
     def long() -> None:
         with httpx.Client(base_url=shared_server.url, timeout=300) as client:
-            answers.append(client.post("/evaluate", files={"archive": ("a", many)}))
+            # One of the others below may have the place for a moment.
+            while not answers or answers[-1].status_code == 429:
+                answers.append(client.post("/evaluate", files={"archive": ("a", many)}))
 
     thread = threading.Thread(target=long)
     thread.start()
@@ -354,7 +356,7 @@ def test_others_are_answered_meanwhile_and_a_second_evaluation_waits(
     thread.join()
     assert refused is not None
     assert (refused.json()["code"], refused.headers["retry-after"]) == ("overloaded", "30")
-    assert answers[0].status_code == 200
+    assert answers[-1].status_code == 200
     assert send(shared_server, b"").json()["code"] == "invalid_archive"
 
 
