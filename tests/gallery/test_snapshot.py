@@ -215,8 +215,12 @@ def test_deletions_during_a_changeover_are_final(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("service.gallery.faiss_gallery._FEW", 4)
     move = faiss_gallery._Shelf._move
 
+    deleted = threading.Event()
+    deleted.set()
+
     def slowly(*arguments: Any) -> None:
         time.sleep(0.003)
+        assert deleted.wait(60)
         move(*arguments)
 
     monkeypatch.setattr(faiss_gallery._Shelf, "_move", slowly)
@@ -230,6 +234,8 @@ def test_deletions_during_a_changeover_are_final(tmp_path: Path, monkeypatch: py
     more = entries(rng, list(range(251, 851)), list(range(251, 851)))
     codes = dict(zip(range(1, 851), codes_of(index, people) + codes_of(index, more), strict=True))
     oracle.add(people)
+    shelf = index._shelves["g"]
+    deleted.clear()
     met = 0
     for start in range(0, 600, 10):
         new = IndexEntries(
@@ -238,8 +244,13 @@ def test_deletions_during_a_changeover_are_final(tmp_path: Path, monkeypatch: py
         index.add(new)
         oracle.add(new)
         gone = rng.choice(list(oracle.held), 3, replace=False)
+        # The first rebuild that writes a file waits for a deletion, and the deletion for the file.
+        while not met and not shelf.settled.is_set() and not any(tmp_path.glob("*.new")):
+            time.sleep(0.001)
         met += any(path.suffix == ".new" for path in tmp_path.iterdir())
         index.remove("g", gone)
+        if met:
+            deleted.set()
         found = raw(tmp_path)
         assert not any(codes[int(row)] in found for row in gone)
         for row in gone:
