@@ -10,7 +10,9 @@ _LEAST_ROOM = 64
 
 
 class ExactIndex:
-    """Vectors as they are, 4 bytes a value. Searches may run at once; a change must be alone."""
+    """Vectors as they are, 4 bytes a value, all in one list. Searches may run at once; a change must be alone."""
+
+    lists = 1
 
     def __init__(self, dimension: int) -> None:
         self._vectors = np.empty((0, dimension), np.float32)
@@ -20,8 +22,12 @@ class ExactIndex:
     def __len__(self) -> int:
         return len(self._slots)
 
-    def add(self, row_ids: NDArray[np.int64], vectors: NDArray[np.float32]) -> None:
-        """Add ``float32[N, D]`` under ids that are not there."""
+    def places(self, vectors: NDArray[np.float32]) -> NDArray[np.int64]:
+        """Return the list ``int64[N]`` that each of ``float32[N, D]`` belongs to."""
+        return np.zeros(len(vectors), np.int64)
+
+    def add(self, row_ids: NDArray[np.int64], vectors: NDArray[np.float32], places: NDArray[np.int64]) -> None:
+        """Add ``float32[N, D]`` under ids that are not there. ``places``: what :meth:`places` returned for them."""
         start, end = len(self), len(self) + len(row_ids)
         if end > len(self._row_ids):
             room = max(end, 2 * start, _LEAST_ROOM)
@@ -51,7 +57,12 @@ class ExactIndex:
         """Return copies of ids ``int64[N]`` and vectors ``float32[N, D]``."""
         return self._row_ids[: len(self)].copy(), self._vectors[: len(self)].copy()
 
-    def search(self, probes: NDArray[np.float32], count: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Return the similarities and ids ``[N, count]`` of the most similar, best first; ``count`` is 1…len."""
+    def search(
+        self, probes: NDArray[np.float32], count: int, probed: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Return the similarities and ids ``[N, count]`` of the most similar, best first; ``count`` is 1…len.
+
+        ``probed``: lists to look into, of which there is one.
+        """
         similarities, slots = faiss.knn(probes, self._vectors[: len(self)], count, faiss.METRIC_INNER_PRODUCT)
         return similarities, self._row_ids[slots]

@@ -296,7 +296,7 @@ class _Shelf:
                 return False
             self._take_out(row_ids)
             index = self._index
-            places = index.places(vectors) if isinstance(index, InvertedIndex) else np.zeros(len(row_ids), np.int64)
+            places = index.places(vectors)
             self._count(subject_ids, 1)
             with self._state:
                 front = self._front
@@ -339,10 +339,7 @@ class _Shelf:
                 index.remove(front.gone)
                 self._subject_of.drop(front.gone)
             if len(front.row_ids):
-                if isinstance(index, InvertedIndex):
-                    index.add(front.row_ids, front.vectors, front.places)
-                else:
-                    index.add(front.row_ids, front.vectors)
+                index.add(front.row_ids, front.vectors, front.places)
                 self._subject_of.put(front.row_ids, front.subject_ids)
             self._front = front.emptied()
 
@@ -600,16 +597,13 @@ class _Shelf:
         self, front: _Front, probes: NDArray[np.float32], count: int, probed: int
     ) -> tuple[list[list[Hit]], bool]:
         """Return the nearest, and whether that is everything that could be found."""
-        index, everything = self._index, count == front.templates
-        if isinstance(index, InvertedIndex):
-            everything &= probed >= index.lists
+        index = self._index
+        everything = count == front.templates and probed >= index.lists
         similarities, row_ids = np.empty((len(probes), 0), np.float32), np.empty((len(probes), 0), np.int64)
         # Those that are gone may be found first.
         fetch = min(count + len(front.gone), len(index))
-        if fetch and isinstance(index, InvertedIndex):
+        if fetch:
             similarities, row_ids = index.search(probes, fetch, min(probed, index.lists))
-        elif fetch and isinstance(index, ExactIndex):
-            similarities, row_ids = index.search(probes, fetch)
         subject_ids = self._subject_of.get(row_ids)
         if len(front):
             subject_ids = np.where(np.isin(row_ids, front.gone), -1, subject_ids)
