@@ -82,14 +82,11 @@ class Workers:
 
         Raises ``Overloaded`` when that has not come in time.
         """
-        if self._turns.locked():
-            try:
-                async with asyncio.timeout(self._max_wait):
-                    await self._turns.acquire()
-            except TimeoutError:
-                raise self._overloaded() from None
-        else:
-            await self._turns.acquire()
+        try:
+            async with asyncio.timeout(self._max_wait):
+                await self._turns.acquire()
+        except TimeoutError:
+            raise self._overloaded() from None
         started = time.monotonic()
         try:
             return await to_thread.run_sync(work, limiter=self._limiter)
