@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from training.backbone import Backbone
 from training.data import Photo, Role, Split, celeba_photos
-from training.metrics import all_pairs, numbered, rates
+from training.metrics import numbered, pairs_among, rates
 from training.prepare import Prepared, load_prepared
 from training.train import FINAL, load_final
 from training.validation import embed
@@ -69,8 +69,7 @@ def row(network: Backbone, prepared: Prepared, learned: list[Photo], tested: lis
     names = [photo.identity for photo in tested]
     vectors = unit(network, prepared, tested, size)
     right = nearest(vectors, names, unit(network, prepared, learned, size), [photo.identity for photo in learned])
-    nobody = np.empty((0, vectors.shape[1]), np.float32), np.empty(0, np.int32)
-    genuine, impostor = all_pairs(vectors, numbered(names), *nobody)
+    genuine, impostor = pairs_among(vectors, numbered(names))
     return [right, *(rate.tpr for rate in rates(genuine.similarity, impostor.similarity, FPRS))]
 
 

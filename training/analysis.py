@@ -17,7 +17,7 @@ from sklearn.manifold import TSNE
 from torch import Tensor
 
 from training.data import Split
-from training.metrics import Pairs, all_pairs, curve, numbered
+from training.metrics import Pairs, curve, numbered, pairs_among
 from training.validation import Embedded
 
 BINS: Final = 100
@@ -114,8 +114,7 @@ def analyse(faces: Embedded, scores: Callable[[Tensor], Tensor] | None, people: 
 
 def similarities(embeddings: NDArray[np.float32], identities: Sequence[str]) -> Similarities:
     """All pairs of ``float32[N, D]``, L2-normalised, of these people. Raises ValueError without pairs of both kinds."""
-    nobody = np.empty((0, embeddings.shape[1]), np.float32), np.empty(0, np.int32)
-    genuine, impostor = all_pairs(embeddings, numbered(identities), *nobody)
+    genuine, impostor = pairs_among(embeddings, numbered(identities))
     fpr, tpr = curve(genuine.similarity, impostor.similarity)
     apart = float(genuine.similarity.mean() - impostor.similarity.mean())
     spread = float(genuine.similarity.var() + impostor.similarity.var()) / 2

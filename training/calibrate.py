@@ -15,7 +15,7 @@ from service.domain import Crop
 from service.vision.embedder import Embedder
 from training.data import DataError, Layout, Photo, Role
 from training.impostors import Sample, effective_templates, fmr_curve, spread_of_strangers
-from training.metrics import Pairs, all_pairs
+from training.metrics import Pairs, pairs_among
 from training.prepare import Alignment, Prepared, load_prepared
 
 CALIBRATION = "calibration.json"
@@ -67,8 +67,7 @@ def calibrate(
         require_crops_of(prepared, embedder)
     samples, images = _samples(embedder, looks, progress=progress)
     identities = len(np.unique(np.concatenate([sample.people for sample in samples])))
-    nobody = np.empty((0, embedder.dimension), np.float32), np.empty(0, np.int32)
-    pairs = [all_pairs(sample.embeddings, sample.people, *nobody) for sample in samples]
+    pairs = [pairs_among(sample.embeddings, sample.people) for sample in samples]
     genuine, impostor = _joined([one for one, _ in pairs]), _joined([other for _, other in pairs])
     slope, intercept = fit_probability(genuine.similarity, impostor.similarity)
     curve = fmr_curve(impostor)

@@ -50,6 +50,11 @@ class Rate:
     high: float | None = None
 
 
+def pairs_among(embeddings: NDArray[np.float32], people: NDArray[np.int32]) -> tuple[Pairs, Pairs]:
+    """Genuine and impostor pairs: every two of ``embeddings``, see :func:`all_pairs`."""
+    return all_pairs(embeddings, people, np.empty((0, embeddings.shape[1]), np.float32), np.empty(0, np.int32))
+
+
 def all_pairs(
     embeddings: NDArray[np.float32],
     people: NDArray[np.int32],

@@ -16,7 +16,7 @@ from training.augment import normalised, views
 from training.backbone import Backbone
 from training.batches import require_training_crops
 from training.data import DataError, Photo, Role, Split
-from training.metrics import all_pairs, numbered, rates
+from training.metrics import numbered, pairs_among, rates
 from training.prepare import Prepared
 
 CENTROID_PHOTOS = 5
@@ -103,9 +103,8 @@ def score(faces: Embedded, scores: Callable[[Tensor], Tensor] | None, people: Se
         accuracy = float(np.mean([people[int(place)] == name for place, name in zip(best, truth, strict=True)]))
     nearest = (F.normalize(faces.known) @ faces.centroids.T).argmax(dim=1)
     right = [faces.names[int(place)] == name for place, name in zip(nearest, truth, strict=True)]
-    nobody = np.empty((0, faces.strangers.shape[1]), np.float32), np.empty(0, np.int32)
     strangers = F.normalize(faces.strangers).numpy()
-    genuine, impostor = all_pairs(strangers, numbered(faces.stranger_names), *nobody)
+    genuine, impostor = pairs_among(strangers, numbered(faces.stranger_names))
     found = rates(genuine.similarity, impostor.similarity, (0.1, 0.01, 0.001))
     return Score(
         split=faces.split,
