@@ -14,6 +14,7 @@ import onnxruntime
 from sqlalchemy import insert, select
 
 from service.domain import DEFAULT_GALLERY
+from service.layout import PHOTO_SUFFIXES
 from service.settings import Settings
 from service.store.repository import Repository
 from service.store.tables import faces, galleries, subjects
@@ -84,7 +85,7 @@ def fill(data_dir: Path, people: int, each: int = 1) -> None:
 
 def photos(folder: Path, most: int) -> list[Path]:
     """Return the first photos of a folder and the folders in it, by name."""
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PHOTO_SUFFIXES)
     if not found:
         raise SystemExit(f"There is no photo in {folder}.")
     return found[:most]

@@ -49,19 +49,25 @@ def await_in_progress(server: Server, count: int) -> None:
         pass
 
 
+def crowd(server: Server, count: int) -> list[httpx.Response]:
+    """The answers to so many photos that are sent at once, each by a client of its own."""
+    answers: list[httpx.Response] = []
+
+    def ask() -> None:
+        with httpx.Client(base_url=server.url, timeout=60) as client:
+            answers.append(client.post("/detect", files={"image": ("photo", photo("biden.jpg"))}))
+
+    threads = [threading.Thread(target=ask) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return answers
+
+
 def test_beyond_the_queue_the_answer_is_429_and_the_load_passes(tmp_path: Path) -> None:
     with Server(tmp_path / "data", VULTUS_MAX_QUEUE="2") as server:
-        answers: list[httpx.Response] = []
-
-        def ask() -> None:
-            with httpx.Client(base_url=server.url, timeout=60) as client:
-                answers.append(client.post("/detect", files={"image": ("photo", photo("biden.jpg"))}))
-
-        threads = [threading.Thread(target=ask) for _ in range(24)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        answers = crowd(server, 24)
         statuses = {answer.status_code for answer in answers}
         assert statuses == {200, 429}
         refused = [answer for answer in answers if answer.status_code == 429]
@@ -118,17 +124,7 @@ def test_a_refusal_does_not_wait_for_the_body_and_keeps_the_connection(tmp_path:
 
 def test_what_waits_too_long_is_refused(tmp_path: Path) -> None:
     with Server(tmp_path / "data", VULTUS_THREADS="1", VULTUS_MAX_WAIT="0.001") as server:
-        answers: list[httpx.Response] = []
-
-        def ask() -> None:
-            with httpx.Client(base_url=server.url, timeout=60) as client:
-                answers.append(client.post("/detect", files={"image": ("photo", photo("biden.jpg"))}))
-
-        threads = [threading.Thread(target=ask) for _ in range(12)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        answers = crowd(server, 12)
         assert {answer.status_code for answer in answers} == {200, 429}
         server.identify("biden.jpg")
 
