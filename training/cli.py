@@ -240,6 +240,7 @@ def train(
     init: Annotated[Path | None, typer.Option(help="Final weights of another run to begin with.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     steps: Annotated[int | None, typer.Option(min=1, help="In place of the configuration's.")] = None,
+    seed: Annotated[int | None, typer.Option(help="In place of the configuration's.")] = None,
     tensorboard: Annotated[Path | None, typer.Option(help="Folder for TensorBoard logs.")] = None,
     threads: Threads = None,
 ) -> None:
@@ -252,7 +253,7 @@ def train(
     with _explained():
         torch.set_num_threads(threads or _cores())
         final = train_embedder(
-            read_config(config), crops, out, init=init, resume=resume, steps=steps, tensorboard=tensorboard
+            read_config(config), crops, out, init=init, resume=resume, steps=steps, seed=seed, tensorboard=tensorboard
         )
     typer.echo(f"{final} written")
 

@@ -19,16 +19,23 @@ NOBODY = -1
 
 
 class CrossEntropyConfig(BaseModel):
-    """A linear classifier and softmax. ``smoothing``: of the labels (Szegedy et al. 2016, arXiv:1512.00567)."""
+    """A linear classifier and softmax. ``smoothing``: of the labels (Szegedy et al. 2016, arXiv:1512.00567).
+
+    ``neck``: see :class:`Neck`.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["cross-entropy"]
     smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    neck: bool = False
 
 
 class ArcFaceConfig(BaseModel):
-    """See :class:`ArcFace`. ``margin``: radians. ``warm_up``: share of the run in which it rises from 0."""
+    """See :class:`ArcFace`. ``margin``: radians. ``warm_up``: share of the run in which it rises from 0.
+
+    ``neck``: see :class:`Neck`.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -36,6 +43,7 @@ class ArcFaceConfig(BaseModel):
     margin: Annotated[float, Field(ge=0, lt=math.pi / 2)] = 0.5
     scale: Annotated[float, Field(gt=0)] = 32.0
     warm_up: Annotated[float, Field(ge=0, le=1)] = 0.2
+    neck: bool = False
 
 
 class TripletConfig(BaseModel):
@@ -51,6 +59,24 @@ class TripletConfig(BaseModel):
 LossConfig: TypeAlias = Annotated[CrossEntropyConfig | ArcFaceConfig | TripletConfig, Field(discriminator="kind")]
 
 
+class Neck(nn.Module):
+    """Unit vectors, then batch normalisation without learned numbers: what a classifier reads in place of embeddings.
+
+    Embeddings that imitate another network's lie where its do, all within a narrow cone; a classifier tells them apart
+    around their mean, and need not spread them for it (the BNNeck of Luo et al. 2019, "Bag of tricks and a strong
+    baseline for deep person re-identification", arXiv:1903.07071).
+    """
+
+    def __init__(self, dimension: int) -> None:
+        super().__init__()
+        self.normalise = nn.BatchNorm1d(dimension, affine=False)
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """``float32[N, D]`` to ``float32[N, D]`` of mean 0 and variance 1, over all faces, named or not."""
+        normalised: Tensor = self.normalise(F.normalize(embeddings))
+        return normalised
+
+
 class CrossEntropy(nn.Module):
     """Softmax over a linear classifier of C people."""
 
@@ -60,6 +86,7 @@ class CrossEntropy(nn.Module):
         nn.init.normal_(self.classifier.weight, std=0.01)
         nn.init.zeros_(self.classifier.bias)
         self.smoothing = config.smoothing
+        self.neck = Neck(dimension) if config.neck else nn.Identity()
 
     def forward(self, embeddings: Tensor, labels: Tensor, progress: float) -> Tensor:
         """The loss of named faces."""
@@ -67,7 +94,7 @@ class CrossEntropy(nn.Module):
 
     def scores(self, embeddings: Tensor) -> Tensor:
         """``float32[N, C]``: the highest is the person."""
-        scores: Tensor = self.classifier(embeddings)
+        scores: Tensor = self.classifier(self.neck(embeddings))
         return scores
 
 
@@ -82,13 +109,14 @@ class ArcFace(nn.Module):
         super().__init__()
         self.centres = nn.Parameter(torch.randn(classes, dimension) * 0.01)
         self.config = config
+        self.neck = Neck(dimension) if config.neck else nn.Identity()
 
     def forward(self, embeddings: Tensor, labels: Tensor, progress: float) -> Tensor:
         """The loss of named faces, with the margin that the run has come to."""
         margin = self.config.margin
         if self.config.warm_up > 0:
             margin *= min(1.0, progress / self.config.warm_up)
-        cosine = self.scores(embeddings)
+        cosine = self._cosines(embeddings)
         named = labels != NOBODY
         own = cosine.gather(1, labels.clamp(min=0)[:, None])
         # Slightly inside −1…1, where the sine has a gradient.
@@ -99,8 +127,11 @@ class ArcFace(nn.Module):
         return _cross_entropy(self.config.scale * logits, torch.where(named, labels, NOBODY), 0.0)
 
     def scores(self, embeddings: Tensor) -> Tensor:
-        """``float32[N, C]``, cosines: the highest is the person."""
-        return F.normalize(embeddings) @ F.normalize(self.centres).T
+        """``float32[N, C]``, ``scale`` times the cosines: the highest is the person."""
+        return self.config.scale * self._cosines(embeddings)
+
+    def _cosines(self, embeddings: Tensor) -> Tensor:
+        return F.normalize(self.neck(embeddings)) @ F.normalize(self.centres).T
 
 
 class Triplet(nn.Module):

@@ -156,17 +156,18 @@ def train(
     init: Path | None = None,
     resume: bool = False,
     steps: int | None = None,
+    seed: int | None = None,
     tensorboard: Path | None = None,
     progress: bool = True,
 ) -> Path:
     """Run a configuration on folders of training crops and return the path of the final weights.
 
     ``init``: final weights to begin with; what fits is taken, the rest starts anew. ``resume``: go on from the last
-    checkpoint in ``out``. ``steps``: in place of the configuration's, also for a run that is resumed. Under
-    ``torchrun`` each process takes its share of every batch. Raises :class:`~training.data.DataError`.
+    checkpoint in ``out``. ``steps``, also for a run that is resumed, and ``seed``: in place of the configuration's.
+    Under ``torchrun`` each process takes its share of every batch. Raises :class:`~training.data.DataError`.
     """
-    if steps is not None:
-        config = config.model_copy(update={"steps": steps})
+    given = {"steps": steps, "seed": seed}
+    config = config.model_copy(update={name: value for name, value in given.items() if value is not None})
     if resume and not (out / CHECKPOINT).is_file():
         raise DataError(f"{out} has no {CHECKPOINT} to go on from")
     if not resume and (out / METRICS).exists():

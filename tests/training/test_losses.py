@@ -46,10 +46,30 @@ def test_arcface_is_that_of_pytorch_metric_learning(batch, margin):
 def test_the_margin_of_arcface_warms_up(batch):
     embeddings, labels = batch
     loss = ArcFace(ArcFaceConfig(kind="arcface", margin=0.5, scale=20, warm_up=0.4), 16, 6)
-    softmax = torch.nn.functional.cross_entropy(20 * loss.scores(embeddings), labels)
+    softmax = torch.nn.functional.cross_entropy(loss.scores(embeddings), labels)
     at = [float(loss(embeddings, labels, progress)) for progress in (0.0, 0.2, 0.4, 1.0)]
     assert at[0] == pytest.approx(float(softmax), rel=1e-5)
     assert at[0] < at[1] < at[2] == at[3]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        CrossEntropyConfig(kind="cross-entropy", neck=True),
+        ArcFaceConfig(kind="arcface", scale=20, warm_up=0, neck=True),
+    ],
+)
+def test_a_neck_shows_the_classifier_embeddings_around_their_mean(batch, config):
+    embeddings, labels = batch
+    cone = embeddings + 30
+    unit = torch.nn.functional.normalize(cone)
+    spread = (unit - unit.mean(dim=0)) / torch.sqrt(unit.var(dim=0, unbiased=False) + 1e-5)
+    torch.manual_seed(0)
+    with_neck = make_objective(config, 16, 6)
+    plain = make_objective(config.model_copy(update={"neck": False}), 16, 6)
+    plain.load_state_dict({k: v for k, v in with_neck.state_dict().items() if not k.startswith("neck")})
+    assert float(with_neck(cone, labels, 1.0)) == pytest.approx(float(plain(spread, labels, 1.0)), rel=1e-4)
+    assert float(with_neck(cone, labels, 1.0)) != pytest.approx(float(plain(cone, labels, 1.0)), rel=1e-2)
 
 
 def test_batch_hard_triplets_are_those_of_pytorch_metric_learning(batch):
