@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from training.analysis import BINS, Analysis, Similarities
 from training.data import DataError
-from training.evaluate import update_document
+from training.evaluate import EvaluationSet, Figures, read_figures, update_document
 from training.validation import Score
 
 CONFIG, METRICS, TEST = "config.json", "metrics.jsonl", "test.json"
@@ -66,6 +67,8 @@ def read_runs(folder: Path) -> list[Run]:
 def report(runs: Path, out: Path, document: Path) -> list[Path]:
     """Write the tables into ``document``, at its marks, and the pictures into ``out``; return the pictures' paths.
 
+    Models whose figures on ``validation`` lie in ``out`` stand beside the runs in the picture of rates.
+
     Raises :class:`~training.data.DataError` if there are no runs, or no marks.
     """
     found = read_runs(runs)
@@ -77,7 +80,7 @@ def report(runs: Path, out: Path, document: Path) -> list[Path]:
     if tested:
         pictures |= {
             "similarities": draw_similarities(tested),
-            "study-tpr": draw_rates(tested),
+            "study-tpr": draw_rates(tested, read_figures(out, EvaluationSet.VALIDATION)),
             "tsne": draw_maps(tested),
         }
     paths = []
@@ -111,8 +114,26 @@ def study_table(runs: Sequence[Run]) -> str:
     lines += [
         "",
         "In percent; – where there is none. Accuracy is the classifier's; unseen people are the 50 of `validation`.",
+        *spread(runs),
     ]
     return "\n".join(lines)
+
+
+def spread(runs: Sequence[Run]) -> list[str]:
+    """What runs that differ in their seed alone reach: a sentence for each configuration that was run so."""
+    groups: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        if "validation" in run.lines[-1]:
+            groups[json.dumps(run.config | {"seed": None}, sort_keys=True)].append(run)
+    told = []
+    for group in groups.values():
+        if len(group) > 1:
+            reached = [100 * run.lines[-1]["validation"]["centroid_accuracy"] for run in group]
+            told.append(
+                f"{', '.join(run.name for run in group)} differ in their seed alone: nearest centroid "
+                f"{np.mean(reached):.1f} with a standard deviation of {np.std(reached, ddof=1):.1f}."
+            )
+    return told
 
 
 def errors_table(runs: Sequence[Run]) -> str:
@@ -176,8 +197,11 @@ def draw_similarities(runs: Sequence[Run]) -> Figure:
     return figure
 
 
-def draw_rates(runs: Sequence[Run]) -> Figure:
-    """TPR over FPR of every run on a logarithmic axis, of people learned from and of others."""
+def draw_rates(runs: Sequence[Run], models: Sequence[Figures] = ()) -> Figure:
+    """TPR over FPR of every run on a logarithmic axis, of people learned from and of others.
+
+    ``models``: others, by their figures on ``validation``.
+    """
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for number, run in enumerate(runs):
@@ -185,6 +209,9 @@ def draw_rates(runs: Sequence[Run]) -> Figure:
             continue
         for axes, pairs in zip(panels, (run.test.analysis.seen, run.test.analysis.unseen), strict=True):
             axes.plot(pairs.fpr, pairs.tpr, color=f"C{number % 10}", ls="-" if number < 10 else "--", label=run.name)
+    for number, model in enumerate(models):
+        style = {"color": "black", "ls": ("-", "--", ":", "-.")[number % 4], "lw": 1}
+        panels[1].plot(model.curve_fpr, model.curve_tpr, label=f"{model.model_id} (as it ships)", **style)
     for axes, who in zip(
         panels, ("people learned from, test split", "people not learned from, validation"), strict=True
     ):

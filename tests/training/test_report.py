@@ -13,7 +13,7 @@ from sklearn.metrics import roc_curve
 from tests.training.test_train import config, learn
 from training.analysis import equal_error_rate, mapped, similarities
 from training.data import DataError
-from training.report import read_runs, report
+from training.report import Run, read_runs, report, spread
 from training.train import test as measure
 
 MARKS = "".join(f"<!-- figures:{name} -->\nold\n<!-- /figures:{name} -->\n" for name in ("study", "study.errors"))
@@ -60,6 +60,15 @@ def test_the_map_shows_twenty_people_and_keeps_them_together():
     distance = np.linalg.norm(places[:, None] - places, axis=2)
     np.fill_diagonal(distance, np.inf)
     assert (own[distance.argmin(axis=1)] == own).mean() > 0.9
+
+
+def test_runs_that_differ_in_their_seed_alone_show_the_spread():
+    def run(name: str, seed: int, size: int, reached: float) -> Run:
+        line = {"validation": {"centroid_accuracy": reached}}
+        return Run(name, {"seed": seed, "size": size}, (line,), None)
+
+    told = spread([run("a", 0, 64, 0.3), run("b", 0, 96, 0.9), run("c", 1, 64, 0.34), run("d", 2, 64, 0.35)])
+    assert told == ["a, c, d differ in their seed alone: nearest centroid 33.0 with a standard deviation of 2.6."]
 
 
 def test_a_report_needs_no_weights_and_is_the_same_again(learnable: Path, tmp_path: Path):
