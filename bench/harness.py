@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
+from numpy.typing import NDArray
 from sqlalchemy import insert, select
 
 from service.domain import DEFAULT_GALLERY
@@ -40,15 +41,29 @@ def machine(settings: Settings) -> str:
     )
 
 
-def fill(data_dir: Path, people: int, each: int = 1) -> None:
-    """Enrol ``people`` strangers with ``each`` template, in the folder of a service that does not run.
+class Strangers:
+    """Unit vectors of people who have nothing to do with one another, around one middle as a network's are.
 
-    The vectors lie around one middle, so that two people's similarity is about 0.83, as the bundled model's.
+    Two people's similarity is about 0.83, as that of the bundled model's vectors.
     """
+
+    def __init__(self, dimension: int, generator: np.random.Generator) -> None:
+        self._generator = generator
+        self._middle = generator.normal(size=dimension) * 2.2
+
+    def more(self, count: int) -> NDArray[np.float32]:
+        """``float32[count, D]``, L2-normalised, of as many people who were not there before."""
+        vectors = self._middle + self._generator.normal(size=(count, len(self._middle)))
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        return np.asarray(vectors, np.float32)
+
+
+def fill(data_dir: Path, people: int, each: int = 1) -> None:
+    """Enrol ``people`` strangers with ``each`` template, in the folder of a service that does not run."""
     settings = Settings(data_dir=data_dir)
     manifest = load_embedder_manifest(settings.models_dir / settings.model)
     generator = np.random.default_rng(0)
-    middle = generator.normal(size=manifest.dimension) * 2.2
+    strangers = Strangers(manifest.dimension, generator)
     data_dir.mkdir(parents=True, exist_ok=True)
     repository = Repository(settings.sql_url)
     now = datetime.now(UTC)
@@ -63,8 +78,7 @@ def fill(data_dir: Path, people: int, each: int = 1) -> None:
         )
         for start in range(0, people * each, 10_000):
             count = min(10_000, people * each - start)
-            vectors = middle + generator.normal(size=(count, manifest.dimension))
-            vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype("<f4")
+            vectors = strangers.more(count).astype("<f4")
             connection.execute(
                 insert(faces),
                 [

@@ -1,4 +1,4 @@
-"""How long a gallery's own calibration takes: `python bench/own_calibration.py`.
+"""How long a gallery's own calibration takes: `python -m bench.own_calibration`.
 
 The start with 50,000 templates, an enrolment and a deletion in a gallery of 100,000, and a look-up.
 """
@@ -11,6 +11,7 @@ import time
 import numpy as np
 from numpy.typing import NDArray
 
+from bench.harness import Strangers
 from service.calibration import Calibration
 from service.domain import IndexEntries, Members
 from service.own_calibration import OwnCalibrations
@@ -23,13 +24,10 @@ SAMPLED = 950
 def main() -> None:
     generator = np.random.default_rng(0)
     calibration = Calibration.load(BUNDLED_MODELS / "dlib-resnet" / "calibration.json")
-    middle = generator.normal(size=DIMENSION) * 3
+    strangers = Strangers(DIMENSION, generator)
 
     def entries(row_ids: NDArray[np.int64]) -> IndexEntries:
-        # Impostor similarities around 0.9, as the bundled model's.
-        vectors = middle + generator.normal(size=(len(row_ids), DIMENSION))
-        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-        return IndexEntries("g", row_ids, row_ids // EACH, vectors.astype(np.float32))
+        return IndexEntries("g", row_ids, row_ids // EACH, strangers.more(len(row_ids)))
 
     def fetch(row_ids: object) -> NDArray[np.float32]:
         return entries(np.asarray(row_ids, np.int64)).embeddings

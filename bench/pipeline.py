@@ -26,6 +26,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from PIL import Image as Pillow
 
+from bench.harness import Strangers
 from service.domain import IndexEntries
 from service.gallery.faiss_gallery import FaissGallery
 from service.recognizer import cut_crops
@@ -96,12 +97,9 @@ def group() -> bytes:
 
 def filled(dimension: int) -> FaissGallery:
     """An index of 10,000 people."""
-    generator = np.random.default_rng(0)
-    vectors = generator.normal(size=dimension) * 2.2 + generator.normal(size=(ENROLLED, dimension))
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     rows = np.arange(ENROLLED, dtype=np.int64)
     index = FaissGallery(dimension)
-    index.add(IndexEntries("default", rows, rows, vectors.astype(np.float32)))
+    index.add(IndexEntries("default", rows, rows, Strangers(dimension, np.random.default_rng(0)).more(ENROLLED)))
     return index
 
 

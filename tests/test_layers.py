@@ -55,6 +55,7 @@ ALLOWED: dict[str, set[str]] = {
         "service.own_calibration",
         "service.drift",
         "service.evaluation",
+        "service.layout",
     },
 }
 # The two that put the parts together.

@@ -17,8 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TypeVar
 
-PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"})
-"""Endings, in lower case, of the files that count as photos in the ``folders`` layout."""
+from service.layout import PHOTO_SUFFIXES
 
 TRAIN_FOLDER = "celebA_train_500/celebA_imgs"
 QUERY_FOLDER = "celebA_ir/celebA_query"

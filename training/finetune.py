@@ -62,7 +62,7 @@ def finetune(
         frozen_statistics=True,
         measure_every=max(1, steps // 4),
         backbone=config.backbone,
-        loss=ArcFaceConfig(kind="arcface", margin=0.3, scale=32.0, warm_up=0.3),
+        loss=ArcFaceConfig(kind="arcface", margin=0.3, scale=32.0, warm_up=0.3, neck=True),
         distill=DistillConfig(teacher=before, named_weight=1.0, cosine_weight=keep),
         augment=config.augment,
     )

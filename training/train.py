@@ -55,8 +55,8 @@ class RunConfig(BaseModel):
     ``batch``: crops for each step, over all processes. ``people_in_batch``: P, with ``batch`` / P photos of each; 0
     for shuffled crops. ``steps``: of the run. ``learning_rate``: of SGD with Nesterov momentum 0.9; rises in the first
     ``warm_up`` of the run and falls to 0 by a half cosine (Loshchilov & Hutter 2017, arXiv:1608.03983).
-    ``weight_decay``: of weight matrices alone. ``clip``: largest norm of the gradient. ``frozen_statistics``: batch
-    normalisation uses its stored statistics and does not renew them. ``measure_every``: steps.
+    ``weight_decay``: of weight matrices alone. ``clip``: largest norm of the gradient. ``frozen_statistics``: the
+    network's batch normalisation uses its stored statistics and does not renew them. ``measure_every``: steps.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -342,7 +342,7 @@ def _indices(photos: TrainingSet, config: RunConfig, step: int) -> NDArray[np.in
 def _set_mode(learner: Learner, config: RunConfig) -> None:
     learner.train()
     if config.frozen_statistics:
-        for module in learner.modules():
+        for module in learner.backbone.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
 
