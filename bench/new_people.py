@@ -104,7 +104,7 @@ def main() -> None:
     print("| | people | nearest centroid | " + " | ".join(f"TPR at FPR {fpr:g}" for fpr in FPRS) + " |")
     print("| --- | --- | ---: | " + " | ".join("---:" for _ in FPRS) + " |")
     for when, final in (("before", options.final), ("after", out / FINAL)):
-        learner, config, _ = load_final(final)
+        learner, config, *_ = load_final(final)
         for who, known, asked in (
             ("new", learned, tested),
             ("old", [p for p in old if p.split is Split.TRAIN], [p for p in old if p.split is Split.VALIDATION]),

@@ -189,6 +189,7 @@ def open_parts(settings: Settings) -> Iterator[Parts]:
             model=model.model_id,
             license=model.license,
             commercial_use=model.commercial_use,
+            notice=model.notice,
             trained_on=model.trained_on,
             calibrated_on=calibration.source,
             calibration_terms=calibration.terms,
@@ -261,6 +262,7 @@ def _model_part(manifest: EmbedderManifest | DetectorManifest) -> ModelPart:
         sha256=manifest.sha256,
         license=manifest.license.spdx,
         commercial_use=manifest.license.commercial_use,
+        notice=manifest.license.notice,
         author=manifest.provenance.author,
         trained_on=manifest.provenance.trained_on,
     )

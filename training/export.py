@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,11 +28,11 @@ from service.vision.manifest import (
 )
 from service.vision.onnx import OnnxModel
 from training.augment import DIVISOR, MEAN, normalised, views
-from training.data import DataError, Role
+from training.data import DataError, Layout, Role
 from training.licenses import RESEARCH_WEIGHTS
 from training.prepare import TRAINING_SIZE, Prepared, load_prepared
 from training.quantise import SEEN, quantise_network
-from training.train import RunConfig, load_final
+from training.train import Lesson, RunConfig, load_final
 
 INPUT, OUTPUT = "crops", "embeddings"
 NETWORK, LICENSE = "model.onnx", "LICENSE.txt"
@@ -62,7 +63,7 @@ def export(final: Path, out: Path, *, template: Path, crops: Path | None = None,
     Raises :class:`~training.data.DataError` if something is missing, or if the float network does not answer as torch
     does; :class:`~service.vision.manifest.ModelError` if ONNX Runtime cannot load what was written.
     """
-    learner, config, _ = load_final(final)
+    learner, config, _, lessons = load_final(final)
     if int8 and crops is None:
         raise DataError("int8 needs --crops, training crops to see the ranges of activations on")
     photos = None if crops is None else load_prepared(crops)
@@ -84,13 +85,13 @@ def export(final: Path, out: Path, *, template: Path, crops: Path | None = None,
             spdx="LicenseRef-research-only",
             file=LICENSE,
             commercial_use=False,
-            notice=_notice(config),
+            notice=_notice(lessons),
         ),
         provenance=Provenance(
             author="Vultus",
             source=f"training/runs/{final.parent.name}",
             source_sha256=hashlib.sha256(config.model_dump_json().encode()).hexdigest(),
-            trained_on=_trained_on(config),
+            trained_on=_trained_on(lessons),
             command=f"vultus-train export --out {out.as_posix()}" + (" --int8" if int8 else ""),
         ),
         input=CropInput(name=INPUT, size=config.size, mean=(MEAN,) * 3, divisor=(DIVISOR,) * 3),
@@ -167,18 +168,20 @@ def _template(folder: Path, size: int) -> CropTemplate:
     return CropTemplate(**named)
 
 
-def _trained_on(config: RunConfig) -> str:
-    parts = []
-    if Role.CLASS in config.people:
-        parts.append("CelebA-500's official training split (500 people)")
-    if Role.FURTHER in config.people:
-        parts.append("350 further people of CelebA")
-    if Role.UNLABELLED in config.people:
-        parts.append("four fifths of UTKFace, without names")
-    learned = f"; the embeddings of {config.distill.teacher.name} as targets" if config.distill is not None else ""
+def _trained_on(lessons: Sequence[Lesson]) -> str:
+    said = {
+        (Layout.CELEBA, Role.CLASS): "CelebA-500's official training split (500 people)",
+        (Layout.CELEBA, Role.FURTHER): "350 further people of CelebA",
+        (Layout.UTKFACE, Role.UNLABELLED): "four fifths of UTKFace, without names",
+    }
+    own = "photos of its maker's own"
+    parts = dict.fromkeys(said.get((lesson.layout, lesson.role), own) for lesson in lessons)
+    teachers = dict.fromkeys(lesson.teacher for lesson in lessons if lesson.teacher is not None)
+    learned = f"; the embeddings of {', '.join(teachers)} as targets" if teachers else ""
     return ", ".join(parts) + learned + ". No photo of a person held out for calibration, validation or evaluation."
 
 
-def _notice(config: RunConfig) -> str:
-    sets = "CelebA and UTKFace" if Role.UNLABELLED in config.people else "CelebA"
+def _notice(lessons: Sequence[Lesson]) -> str:
+    names = {Layout.CELEBA: "CelebA", Layout.UTKFACE: "UTKFace"}
+    sets = " and ".join(name for layout, name in names.items() if any(one.layout is layout for one in lessons))
     return f"Trained on {sets}: for non-commercial research only, as the terms of these photos say."

@@ -41,7 +41,7 @@ def finetune(
     ``template``: as in :func:`training.export.export`. What was begun in ``out`` goes on. Raises
     :class:`~training.data.DataError`.
     """
-    _, config, _ = load_final(final)
+    config = load_final(final).config
     photos = len(load_prepared(crops).where(Role.FURTHER))
     if not photos:
         raise DataError(f"{crops} has no people of role further: prepare them with --layout folders --role further")

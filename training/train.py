@@ -19,7 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -30,11 +30,12 @@ from torch.distributed import destroy_process_group, init_process_group
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from service.vision.manifest import load_embedder_manifest
 from training.analysis import analyse
 from training.augment import AugmentConfig, normalised, resized, views
 from training.backbone import Backbone, BackboneConfig
 from training.batches import TrainingSet, people_by_photos, shuffled, training_set
-from training.data import DataError, Role, Split
+from training.data import DataError, Layout, Role, Split
 from training.distill import DistillConfig, Hints, Targets, Teacher, distance
 from training.losses import LossConfig, TripletConfig, make_objective
 from training.prepare import TRAINING_VIEW, Prepared, load_prepared
@@ -139,6 +140,26 @@ class Learner(nn.Module):
         return parts
 
 
+class Lesson(BaseModel):
+    """What a network learned from: people of a ``role`` in a data set of a ``layout``, and a ``teacher``'s model_id."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    layout: Layout
+    role: Role
+    teacher: str | None
+
+
+class Finished(NamedTuple):
+    """What a run leaves. ``people``: those whom the objective tells apart. ``lessons``: of this run and of those whose
+    weights it began with."""
+
+    learner: Learner
+    config: RunConfig
+    people: tuple[str, ...]
+    lessons: tuple[Lesson, ...]
+
+
 @dataclass(frozen=True)
 class Batch:
     """What one step takes: images ``float32[N, 3, S, S]``, labels ``int64[N]``, the teacher's targets."""
@@ -184,10 +205,11 @@ def train(
         learner = Learner(config, len(photos.people), channels).to(device).to(memory_format=torch.channels_last)
         optimizer = _optimizer(learner, config)
         begun, seconds = 0, 0.0
+        lessons = _lessons(folders, config)
         if init is not None and not resume:
-            adopt(learner, init)
+            lessons = _together(adopt(learner, init), lessons)
         if resume:
-            begun, seconds = _restore(out / CHECKPOINT, learner, optimizer, config, photos)
+            begun, seconds, lessons = _restore(out / CHECKPOINT, learner, optimizer, config, photos)
         wrapped = DistributedDataParallel(learner) if world > 1 else learner
         chief = rank == 0
         if chief:
@@ -238,38 +260,41 @@ def train(
                     _append(out / METRICS, line)
                     _record(writer, line)
                     bar.set_postfix_str(_told(line))
-                    _save(out / CHECKPOINT, learner, optimizer, config, photos, done, time.monotonic() - started)
+                    spent = time.monotonic() - started
+                    _save(out / CHECKPOINT, learner, optimizer, config, photos, lessons, done, spent)
         if chief:
-            save_final(out / FINAL, learner, config, photos.people)
+            save_final(out / FINAL, Finished(learner, config, photos.people, lessons))
         if writer is not None:
             writer.close()
     return out / FINAL
 
 
-def save_final(path: Path, learner: Learner, config: RunConfig, people: Sequence[str]) -> None:
-    """Write what a finished run leaves: configuration, people, weights of network and objective."""
+def save_final(path: Path, finished: Finished) -> None:
+    """Write what a finished run leaves: configuration, people, lessons, weights of network and objective."""
     _write(
         path,
         {
-            "config": config.model_dump_json(),
-            "people": list(people),
-            "backbone": learner.backbone.state_dict(),
-            "objective": learner.objective.state_dict(),
+            "config": finished.config.model_dump_json(),
+            "people": list(finished.people),
+            "lessons": [lesson.model_dump(mode="json") for lesson in finished.lessons],
+            "backbone": finished.learner.backbone.state_dict(),
+            "objective": finished.learner.objective.state_dict(),
         },
     )
 
 
-def load_final(path: Path) -> tuple[Learner, RunConfig, tuple[str, ...]]:
-    """A finished run's network and objective, its configuration and its people. Raises ``DataError``."""
+def load_final(path: Path) -> Finished:
+    """What a finished run left. Raises :class:`~training.data.DataError`."""
     state = _read(path)
     try:
+        lessons = tuple(Lesson.model_validate(lesson) for lesson in state["lessons"])
         config = RunConfig.model_validate_json(state["config"])
         learner = Learner(config, len(state["people"]))
         learner.backbone.load_state_dict(state["backbone"])
         learner.objective.load_state_dict(state["objective"])
     except (KeyError, RuntimeError, ValidationError) as error:
         raise DataError(f"{path} is not the end of a run: {error}") from error
-    return learner.eval(), config, tuple(state["people"])
+    return Finished(learner.eval(), config, tuple(state["people"]), lessons)
 
 
 def test(run: Path, crops: Path) -> Tested:
@@ -279,7 +304,7 @@ def test(run: Path, crops: Path) -> Tested:
     """
     if (run / TEST).exists():
         raise DataError(f"{run / TEST} is there: the test split is looked at once for each run")
-    learner, config, people = load_final(run / FINAL)
+    learner, config, people, _ = load_final(run / FINAL)
     scores = getattr(learner.objective, "scores", None)
     faces = embedded(learner.backbone, load_prepared(crops), config.size, Split.TEST)
     found = Tested(score=score(faces, scores, people), analysis=analyse(faces, scores, people))
@@ -287,20 +312,34 @@ def test(run: Path, crops: Path) -> Tested:
     return found
 
 
-def adopt(learner: Learner, path: Path) -> None:
-    """Begin with another run's weights: those of the network that have the same name and shape.
+def adopt(learner: Learner, path: Path) -> tuple[Lesson, ...]:
+    """Begin with another run's weights: those of the network that have the same name and shape; return its lessons.
 
     Raises :class:`~training.data.DataError` if none has.
     """
-    own = learner.backbone.state_dict()
-    fitting = {
-        name: weight
-        for name, weight in _read(path).get("backbone", {}).items()
-        if name in own and own[name].shape == weight.shape
-    }
+    own, other = learner.backbone.state_dict(), load_final(path)
+    theirs = other.learner.backbone.state_dict()
+    fitting = {name: weight for name, weight in theirs.items() if name in own and own[name].shape == weight.shape}
     if not any(name.endswith("weight") for name in fitting):
         raise DataError(f"{path} has no weights for this network")
     learner.backbone.load_state_dict(own | fitting)
+    return other.lessons
+
+
+def _lessons(folders: Sequence[Prepared], config: RunConfig) -> tuple[Lesson, ...]:
+    teacher = None if config.distill is None else load_embedder_manifest(config.distill.teacher).model_id
+    return _together(
+        [
+            Lesson(layout=prepared.summary.settings.layout, role=role, teacher=teacher)
+            for prepared in folders
+            for role in config.people
+            if len(prepared.where(role))
+        ]
+    )
+
+
+def _together(*lessons: Sequence[Lesson]) -> tuple[Lesson, ...]:
+    return tuple(dict.fromkeys(lesson for some in lessons for lesson in some))
 
 
 def _batches(
@@ -402,6 +441,7 @@ def _save(
     optimizer: torch.optim.Optimizer,
     config: RunConfig,
     photos: TrainingSet,
+    lessons: Sequence[Lesson],
     step: int,
     seconds: float,
 ) -> None:
@@ -410,6 +450,7 @@ def _save(
         {
             "config": config.model_dump_json(),
             "people": list(photos.people),
+            "lessons": [lesson.model_dump(mode="json") for lesson in lessons],
             "learner": learner.state_dict(),
             "optimizer": optimizer.state_dict(),
             "step": step,
@@ -420,7 +461,7 @@ def _save(
 
 def _restore(
     path: Path, learner: Learner, optimizer: torch.optim.Optimizer, config: RunConfig, photos: TrainingSet
-) -> tuple[int, float]:
+) -> tuple[int, float, tuple[Lesson, ...]]:
     state = _read(path)
     saved = RunConfig.model_validate_json(state["config"])
     if saved.model_copy(update={"steps": config.steps}) != config:
@@ -429,7 +470,8 @@ def _restore(
         raise DataError(f"{path} is of other people")
     learner.load_state_dict(state["learner"])
     optimizer.load_state_dict(state["optimizer"])
-    return int(state["step"]), float(state["seconds"])
+    lessons = tuple(Lesson.model_validate(lesson) for lesson in state["lessons"])
+    return int(state["step"]), float(state["seconds"]), lessons
 
 
 def _read(path: Path) -> dict[str, Any]:

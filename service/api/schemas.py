@@ -475,6 +475,7 @@ class ModelPart(Answer):
     sha256: str
     license: str
     commercial_use: bool
+    notice: str | None = Field(description="What to know before using these weights.")
     author: str
     trained_on: str
 

@@ -17,6 +17,7 @@ from service.settings import BUNDLED_MODELS
 from tests.support import Server, photo, vultus
 
 SIZE, DIMENSION = 112, 48
+NOTICE = "For these tests alone."
 
 
 def tiny_embedder(folder: Path) -> None:
@@ -45,7 +46,7 @@ def tiny_embedder(folder: Path) -> None:
         "model_id": "tiny",
         "kind": "embedder",
         "sha256": sha256,
-        "license": {"spdx": "CC0-1.0", "file": "LICENSE.txt", "commercial_use": True},
+        "license": {"spdx": "LicenseRef-tests", "file": "LICENSE.txt", "commercial_use": False, "notice": NOTICE},
         "provenance": {
             "author": "the tests",
             "source": "made here",
@@ -103,6 +104,9 @@ def test_reembed_moves_a_gallery_to_another_model_and_back(tmp_path: Path, model
 
     image = {"image": ("photo", photo("obama3.jpg"))}
     with Server(data, **other) as server:
+        told = server.client.get("/model").json()
+        assert (told["commercial_use"], told["notice"], told["trained_on"]) == (False, NOTICE, "nothing")
+        assert [NOTICE in line and "nothing" in line for line in server.log.read_text().splitlines()].count(True) == 1
         for call in (
             {"url": "/identify", "files": image},
             {"url": "/enroll", "data": {"subject": "C"}, "files": {"images": ("photo", photo("astronaut.png"))}},

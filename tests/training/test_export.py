@@ -11,10 +11,10 @@ import torch
 from service.vision.embedder import Embedder
 from tests.training.test_train import config, learn
 from training.augment import views
-from training.data import DataError
+from training.data import DataError, Layout, Role
 from training.export import PARITY, export
 from training.prepare import load_prepared
-from training.train import load_final
+from training.train import Lesson, load_final, save_final
 from training.validation import embed
 
 DLIB = Path(__file__).resolve().parents[2] / "models" / "dlib-resnet"
@@ -43,6 +43,20 @@ def test_the_service_embeds_as_torch_does(learnable, final, tmp_path):
     # Through bfloat16, and without rounding the crops to whole grey levels.
     ours = torch.nn.functional.normalize(embed(load_final(final)[0].backbone, prepared, indices, 32)).numpy()
     assert (ours * theirs).sum(axis=1).min() > 0.999
+
+
+def test_the_manifest_tells_of_every_lesson(final, tmp_path):
+    finished = load_final(final)
+    more = [
+        Lesson(layout=Layout.UTKFACE, role=Role.UNLABELLED, teacher="dlib-resnet"),
+        Lesson(layout=Layout.FOLDERS, role=Role.FURTHER, teacher=None),
+    ]
+    save_final(tmp_path / "final.pt", finished._replace(lessons=(*finished.lessons, *more)))
+    manifest = export(tmp_path / "final.pt", tmp_path / "m", template=DLIB).manifest
+    told = manifest.provenance.trained_on
+    assert told.startswith("CelebA-500's official training split (500 people), four fifths of UTKFace, without names, ")
+    assert "photos of its maker's own; the embeddings of dlib-resnet as targets." in told
+    assert manifest.license.notice.startswith("Trained on CelebA and UTKFace: for non-commercial research only")
 
 
 def test_int8_is_smaller_and_close(learnable, final, tmp_path):

@@ -90,7 +90,7 @@ def test_each_loss_learns_to_tell_people_apart(learnable, tmp_path, loss):
     assert last["loss_named"] < first["loss_named"]
     assert last["validation"]["centroid_accuracy"] >= 0.5
     assert (last["validation"]["accuracy"] is None) == (loss in ("triplet", "semi-hard"))
-    learner, saved, people = load_final(final)
+    learner, saved, people, _ = load_final(final)
     assert saved.loss.kind in LOSSES[loss]
     assert people == tuple(sorted(f"c{n}" for n in range(10)))
     assert not learner.training
@@ -171,6 +171,7 @@ def test_other_weights_can_be_begun_with(learnable, tmp_path):
     run = tmp_path / "run"
     final = learn(config(tmp_path, "arcface", steps=1, learning_rate=1e-9), [learnable], run, init=base, progress=False)
     before, after = load_final(base)[0].backbone, load_final(final)[0].backbone
+    assert [(one.layout, one.role, one.teacher) for one in load_final(final).lessons] == [("celeba", "class", None)]
     assert torch.allclose(before.embed[0].weight, after.embed[0].weight, atol=1e-6)
     broad = config(tmp_path, steps=1)
     broad.write_text(broad.read_text().replace("layers = [1, 1, 1, 1]", "layers = [1, 1, 2, 1]"))
@@ -190,6 +191,14 @@ def test_distillation_brings_the_learner_to_its_teacher(learnable, tmp_path):
     assert last["loss_cosine"] < first["loss_cosine"]
     assert set(last) >= {"loss_named", "loss_cosine", "loss_relation"}
     assert load_final(final)[2] == tuple(sorted(f"c{n}" for n in range(10)))
+    plain, heir = config(tmp_path, steps=4, measure_every=2), tmp_path / "heir"
+    for options in ({"init": final}, {"resume": True, "steps": 6}):
+        path = learn(plain, [learnable], heir, progress=False, **options)
+        assert [(one.role, one.teacher) for one in load_final(path).lessons] == [
+            ("class", "dlib-resnet"),
+            ("unlabelled", "dlib-resnet"),
+            ("class", None),
+        ]
 
 
 def test_the_teacher_sees_what_the_learner_sees():
