@@ -51,6 +51,8 @@ TOP_K = 5
 BESIDE = 3.0
 """Seconds of enrolment beside searches."""
 REMOVED = 300
+BARE = 536
+"""Bytes that a removal writes at D = 512."""
 
 DIRECTIONS = 128
 PEOPLE, PHOTOS = 0.136, 0.0507
@@ -222,7 +224,7 @@ def measure(dimension: int, work: Path) -> None:
         f"{used / 2**20:,.0f} MiB with all else that the start brought"
     )
     quality(index, probes, best, best_at, own, threshold, repository, speed)
-    beside(index, people, probes)
+    beside(index, people, probes, work)
     index.close()
     repository.close()
     del recognizer
@@ -274,7 +276,7 @@ def quality(
     print(f"  similarity of codes against the true one: sd {error.std():.1e}, at most {np.abs(error).max():.1e}")
 
 
-def beside(index: FaissGallery, people: People, probes: Vectors) -> None:
+def beside(index: FaissGallery, people: People, probes: Vectors, work: Path) -> None:
     """Print how fast people come and go while another thread searches without a pause."""
     going = threading.Event()
     going.set()
@@ -305,6 +307,9 @@ def beside(index: FaissGallery, people: People, probes: Vectors) -> None:
         f"  removing beside searches: {quantiles(removals)}, at most {1e3 * max(removals):.1f} ms; "
         f"the searches: {quantiles(seconds[searched:])}"
     )
+    with (work / "bare").open("wb", buffering=0) as file:
+        bare = [timed(lambda: (file.write(bytes(BARE)), os.fsync(file))) for _ in removals]
+    print(f"  writing {BARE} bytes to the disk beside searches: {quantiles(bare)}")
     going.clear()
     thread.join()
     index.remove("default", 2**40 + np.arange(added, dtype=np.int64))

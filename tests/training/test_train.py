@@ -296,6 +296,7 @@ def test_committed_configurations_can_be_read_and_built(path):
     assert parameters(network) > 1_000_000
     assert read.learning_rate_at(0) < read.learning_rate
     assert read.learning_rate_at(read.steps - 1) < 0.01 * read.learning_rate
+    assert f"`{path.stem}`" in (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("stem", ["imagenet", "small", "dense"])
