@@ -56,10 +56,8 @@ def training_set(folders: Sequence[Prepared], roles: Sequence[Role]) -> Training
     folder, place, names = [], [], []
     for number, prepared in enumerate(folders):
         require_training_crops(prepared)
-        for index in prepared.where(*roles):
+        for index in taught(prepared, roles):
             photo = prepared.rows[index].photo
-            if photo.role is Role.CLASS and photo.split is not Split.TRAIN:
-                continue
             folder.append(number)
             place.append(int(index))
             names.append(photo.identity if photo.role in NAMED_ROLES else "")
@@ -76,6 +74,12 @@ def require_training_crops(prepared: Prepared) -> None:
     """Raise :class:`~training.data.DataError` unless the folder holds training crops."""
     if prepared.summary.settings.size != TRAINING_SIZE:
         raise DataError(f"{prepared.folder} holds no training crops: prepare them with --training")
+
+
+def taught(prepared: Prepared, roles: Sequence[Role]) -> NDArray[np.intp]:
+    """The crops of these roles, without those of the ``class`` people that the official split keeps for judging."""
+    kept = [i for i in prepared.where(*roles) if prepared.rows[i].photo.split in (Split.NONE, Split.TRAIN)]
+    return np.array(kept, np.intp)
 
 
 def shuffled(count: int, batch: int, step: int, seed: int) -> NDArray[np.intp]:

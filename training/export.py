@@ -28,6 +28,7 @@ from service.vision.manifest import (
 )
 from service.vision.onnx import OnnxModel
 from training.augment import DIVISOR, MEAN, normalised, views
+from training.batches import taught
 from training.data import DataError, Layout, Role
 from training.licenses import RESEARCH_WEIGHTS
 from training.prepare import TRAINING_SIZE, Prepared, load_prepared
@@ -151,7 +152,7 @@ def _quantised(network: Path, photos: Prepared, config: RunConfig) -> Path:
 
 def _images(photos: Prepared | None, roles: tuple[Role, ...], count: int, size: int) -> torch.Tensor:
     generator = np.random.default_rng(_SEED)
-    chosen = photos.where(*roles) if photos is not None else np.empty(0, np.intp)
+    chosen = taught(photos, roles) if photos is not None else np.empty(0, np.intp)
     if photos is None or not len(chosen):
         pixels = generator.integers(0, 256, (count, TRAINING_SIZE, TRAINING_SIZE, 3), dtype=np.uint8)
     else:
