@@ -24,7 +24,7 @@ from typing import Annotated, Any, Final, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from torch import Tensor, nn
 from torch.distributed import destroy_process_group, init_process_group
 from torch.nn.parallel import DistributedDataParallel
@@ -148,6 +148,10 @@ class Lesson(BaseModel):
     layout: Layout
     role: Role
     teacher: str | None
+
+
+_LESSONS: Final = TypeAdapter(tuple[Lesson, ...])
+"""To and from what a file holds."""
 
 
 class Finished(NamedTuple):
@@ -276,7 +280,7 @@ def save_final(path: Path, finished: Finished) -> None:
         {
             "config": finished.config.model_dump_json(),
             "people": list(finished.people),
-            "lessons": [lesson.model_dump(mode="json") for lesson in finished.lessons],
+            "lessons": _LESSONS.dump_python(finished.lessons, mode="json"),
             "backbone": finished.learner.backbone.state_dict(),
             "objective": finished.learner.objective.state_dict(),
         },
@@ -287,7 +291,7 @@ def load_final(path: Path) -> Finished:
     """What a finished run left. Raises :class:`~training.data.DataError`."""
     state = _read(path)
     try:
-        lessons = tuple(Lesson.model_validate(lesson) for lesson in state["lessons"])
+        lessons = _LESSONS.validate_python(state["lessons"])
         config = RunConfig.model_validate_json(state["config"])
         learner = Learner(config, len(state["people"]))
         learner.backbone.load_state_dict(state["backbone"])
@@ -441,7 +445,7 @@ def _save(
     optimizer: torch.optim.Optimizer,
     config: RunConfig,
     photos: TrainingSet,
-    lessons: Sequence[Lesson],
+    lessons: tuple[Lesson, ...],
     step: int,
     seconds: float,
 ) -> None:
@@ -450,7 +454,7 @@ def _save(
         {
             "config": config.model_dump_json(),
             "people": list(photos.people),
-            "lessons": [lesson.model_dump(mode="json") for lesson in lessons],
+            "lessons": _LESSONS.dump_python(lessons, mode="json"),
             "learner": learner.state_dict(),
             "optimizer": optimizer.state_dict(),
             "step": step,
@@ -470,8 +474,7 @@ def _restore(
         raise DataError(f"{path} is of other people")
     learner.load_state_dict(state["learner"])
     optimizer.load_state_dict(state["optimizer"])
-    lessons = tuple(Lesson.model_validate(lesson) for lesson in state["lessons"])
-    return int(state["step"]), float(state["seconds"]), lessons
+    return int(state["step"]), float(state["seconds"]), _LESSONS.validate_python(state["lessons"])
 
 
 def _read(path: Path) -> dict[str, Any]:
