@@ -252,8 +252,11 @@ class FaceDetector:
         batch = np.zeros((1, 3, rows, columns), dtype=np.float32)
         inside = batch[0, :, border : border + height, border : border + width]
         for plane, values, mean, divisor in zip(cv2.split(image), inside, self._mean, self._divisor, strict=True):
-            np.subtract(plane, mean, out=values)
-            values /= divisor
+            values[...] = plane
+            if mean:
+                values -= mean
+            if divisor != 1:
+                values /= divisor
         with self._large if max(rows, columns) > FREE_SIDE else nullcontext():
             outputs = self._network.run({self._manifest.input.name: batch})
         maps = [outputs[index][0] for index in self._indices]
