@@ -1,6 +1,8 @@
 # The training image: PyTorch and the training tools, no service. Build from the repository's root:
 #   docker build -f docker/training.Dockerfile -t vultus-training .
 FROM python:3.11-slim-bookworm
+RUN groupadd --gid 10001 vultus && useradd --uid 10001 --gid 10001 --no-create-home --shell /usr/sbin/nologin vultus \
+ && install -d -o vultus -g vultus /output
 RUN python3 -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1
@@ -13,8 +15,6 @@ COPY service service
 COPY training training
 RUN pip install --no-cache-dir -c constraints.txt '.[torch]'
 COPY models models
-RUN groupadd --gid 10001 vultus && useradd --uid 10001 --gid 10001 --no-create-home --shell /usr/sbin/nologin vultus \
- && install -d -o vultus -g vultus /output
 USER vultus
 VOLUME /output
 ENTRYPOINT ["vultus-train"]
