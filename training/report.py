@@ -127,7 +127,8 @@ def spread(runs: Sequence[Run]) -> list[str]:
             groups[json.dumps(run.config | {"seed": None}, sort_keys=True)].append(run)
     told = []
     for group in groups.values():
-        if len(group) > 1:
+        # Of one seed they differ in the weights that they began with.
+        if len(group) > 1 and len({run.config["seed"] for run in group}) == len(group):
             reached = [100 * run.lines[-1]["validation"]["centroid_accuracy"] for run in group]
             told.append(
                 f"{', '.join(run.name for run in group)} differ in their seed alone: nearest centroid "
@@ -150,11 +151,12 @@ def errors_table(runs: Sequence[Run]) -> str:
 
 def draw_curves(runs: Sequence[Run]) -> Figure:
     """Loss, and nearest-centroid accuracy on the validation split, over the crops seen."""
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    figure = Figure(figsize=(13, 5.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     for number, run in enumerate(runs):
         samples = [line["samples"] for line in run.lines]
-        style = {"color": f"C{number % 10}", "ls": "-" if number < 10 else "--", "label": run.name}
+        # Of the shortest runs there is one point.
+        style = _line(number) | {"marker": ".", "label": run.name}
         left.plot(samples, [line["loss_named"] for line in run.lines], **style)
         known = [line for line in run.lines if "validation" in line]
         accuracy = [line["validation"]["centroid_accuracy"] for line in known]
@@ -170,8 +172,13 @@ def draw_curves(runs: Sequence[Run]) -> Figure:
     right.yaxis.set_major_formatter(PercentFormatter(1))
     for axes in (left, right):
         axes.grid(visible=True, alpha=0.4)
-    right.legend(fontsize=8)
+    figure.legend(*right.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return figure
+
+
+def _line(number: int) -> dict[str, str]:
+    """Colour and dashes that no other number up to 39 has."""
+    return {"color": f"C{number % 10}", "ls": ("-", "--", ":", "-.")[number // 10 % 4]}
 
 
 def draw_similarities(runs: Sequence[Run]) -> Figure:
@@ -208,7 +215,7 @@ def draw_rates(runs: Sequence[Run], models: Sequence[Figures] = ()) -> Figure:
         if run.test is None:
             continue
         for axes, pairs in zip(panels, (run.test.analysis.seen, run.test.analysis.unseen), strict=True):
-            axes.plot(pairs.fpr, pairs.tpr, color=f"C{number % 10}", ls="-" if number < 10 else "--", label=run.name)
+            axes.plot(pairs.fpr, pairs.tpr, label=run.name, **_line(number))
     for number, model in enumerate(models):
         style = {"color": "black", "ls": ("-", "--", ":", "-.")[number % 4], "lw": 1}
         panels[1].plot(model.curve_fpr, model.curve_tpr, label=f"{model.model_id} (as it ships)", **style)

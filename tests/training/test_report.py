@@ -67,7 +67,9 @@ def test_runs_that_differ_in_their_seed_alone_show_the_spread():
         line = {"validation": {"centroid_accuracy": reached}}
         return Run(name, {"seed": seed, "size": size}, (line,), None)
 
-    told = spread([run("a", 0, 64, 0.3), run("b", 0, 96, 0.9), run("c", 1, 64, 0.34), run("d", 2, 64, 0.35)])
+    # b and e began with other weights.
+    runs = [run("a", 0, 64, 0.3), run("b", 0, 96, 0.9), run("e", 0, 96, 0.8)]
+    told = spread([*runs, run("c", 1, 64, 0.34), run("d", 2, 64, 0.35)])
     assert told == ["a, c, d differ in their seed alone: nearest centroid 33.0 with a standard deviation of 2.6."]
 
 
