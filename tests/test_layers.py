@@ -118,7 +118,7 @@ def test_serving_starts_without_matplotlib() -> None:
 def test_few_modules_know_the_runtime_the_index_and_the_database() -> None:
     for package, owners in {
         "onnxruntime": {"service.vision.onnx"},
-        "faiss": {"service.gallery.exact", "service.gallery.inverted"},
+        "faiss": {"service.gallery.cores", "service.gallery.exact", "service.gallery.inverted"},
         "sqlalchemy": {"service.store.repository", "service.store.tables"},
     }.items():
         users = {

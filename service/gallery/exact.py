@@ -6,6 +6,8 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from service.gallery.cores import cores_for
+
 _LEAST_ROOM = 64
 
 
@@ -64,5 +66,6 @@ class ExactIndex:
 
         ``probed``: lists to look into, of which there is one.
         """
-        similarities, slots = faiss.knn(probes, self._vectors[: len(self)], count, faiss.METRIC_INNER_PRODUCT)
+        with cores_for(len(probes)):
+            similarities, slots = faiss.knn(probes, self._vectors[: len(self)], count, faiss.METRIC_INNER_PRODUCT)
         return similarities, self._row_ids[slots]

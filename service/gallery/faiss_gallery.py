@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from service.domain import Hit, IndexEntries, Members
 from service.gallery.base import SubjectHits
+from service.gallery.cores import on_one_core
 from service.gallery.exact import ExactIndex
 from service.gallery.inverted import (
     LEAST_AVERAGED,
@@ -23,7 +24,6 @@ from service.gallery.inverted import (
     Layout,
     batches,
     learnt,
-    on_one_core,
     wanted_sample,
 )
 from service.gallery.readers_writer import ReadersWriter

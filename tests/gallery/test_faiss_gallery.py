@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import threading
+import time
 
+import faiss
 import numpy as np
+import psutil
 import pytest
 
 from service.domain import IndexEntries
@@ -189,3 +192,40 @@ def test_eight_threads_add_and_remove_while_others_search(changeover: int) -> No
     index.settle()
     assert index.approximate("g") == (changeover == 300)
     assert_equal(index, oracle, np.random.default_rng(8), within=CODED)
+
+
+@pytest.mark.parametrize("changeover", [10**9, 200], ids=["exact", "approximate"])
+def test_one_change_and_one_search_take_one_core(changeover: int) -> None:
+    """Threads that help FAISS wait busily when they are done: beside other work that costs more than it saves."""
+    rng = np.random.default_rng(3)
+    index = FaissGallery(DIMENSION, changeover=changeover)
+    index.add(entries(rng, list(range(400)), list(range(400))))
+    index.settle()
+    assert index.approximate("g") == (changeover == 200)
+    helpers: list[int] = []
+
+    def work() -> None:
+        # Helpers belong to the thread that called, and this one is new.
+        faiss.omp_set_num_threads(4)
+        before = threads()
+        for number in range(400, 410):
+            index.add(entries(rng, [number], [number]))
+            index.settle()
+            index.search_subjects("g", unit(rng, 3), 5)
+            index.search_faces("g", unit(rng, 1), 5)
+            index.remove("g", np.array([number]))
+            index.settle()
+        # The system lets go of a thread a little later than Python.
+        end = time.monotonic() + 10
+        while threads() > before and time.monotonic() < end:
+            time.sleep(0.01)
+        helpers.append(max(threads() - before, 0))
+
+    def threads() -> int:
+        # The index's own come and go.
+        return psutil.Process().num_threads() - threading.active_count()
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    worker.join()
+    assert helpers == [0]
