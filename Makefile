@@ -4,8 +4,8 @@ PYTHON ?= python3
 PIP = -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # Asked for by its exact version, pip also finds a torch that lies on the machine's disk.
 TORCH = $(shell grep -E '^torch(vision)?==' constraints.txt)
-HOST ?= 127.0.0.1
-PORT ?= 8000
+HOST ?= $(or $(VULTUS_HOST),127.0.0.1)
+PORT ?= $(or $(VULTUS_PORT),8000)
 
 .PHONY: run test check format clean
 
