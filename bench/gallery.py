@@ -307,7 +307,7 @@ def beside(index: FaissGallery, people: People, probes: Vectors, work: Path) -> 
         f"  removing beside searches: {quantiles(removals)}, at most {1e3 * max(removals):.1f} ms; "
         f"the searches: {quantiles(seconds[searched:])}"
     )
-    with (work / "bare").open("wb", buffering=0) as file:
+    with tempfile.NamedTemporaryFile(dir=work, buffering=0) as file:
         bare = [timed(lambda: (file.write(bytes(BARE)), os.fsync(file))) for _ in removals]
     print(f"  writing {BARE} bytes to the disk beside searches: {quantiles(bare)}")
     going.clear()
