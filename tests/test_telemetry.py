@@ -21,9 +21,10 @@ import training.quantise
 import onnxruntime
 onnxruntime.InferenceSession("models/dlib-resnet-int8/model.onnx", providers=["CPUExecutionProvider"])
 """
+BENCH = "import bench.harness"
 
 
-@pytest.mark.parametrize("code", [SERVICE, TRAINING], ids=["service", "training"])
+@pytest.mark.parametrize("code", [SERVICE, TRAINING, BENCH], ids=["service", "training", "bench"])
 def test_onnx_runtime_leaves_no_identifier_behind(code: str, tmp_path: Path) -> None:
     # With these it would be off by itself.
     ours = {name: value for name, value in os.environ.items() if not name.startswith("ORT_") and name != "CI"}
