@@ -21,6 +21,8 @@ from training.data import DataError
 from training.evaluate import EvaluationSet, Figures, read_figures, update_document
 from training.validation import Score
 
+_DASHES = ("-", "--", ":", "-.")
+
 CONFIG, METRICS, TEST = "config.json", "metrics.jsonl", "test.json"
 
 STUDY, ERRORS_TABLE = "study", "study.errors"
@@ -178,7 +180,7 @@ def draw_curves(runs: Sequence[Run]) -> Figure:
 
 def _line(number: int) -> dict[str, str]:
     """Colour and dashes that no other number up to 39 has."""
-    return {"color": f"C{number % 10}", "ls": ("-", "--", ":", "-.")[number // 10 % 4]}
+    return {"color": f"C{number % 10}", "ls": _DASHES[number // 10 % len(_DASHES)]}
 
 
 def draw_similarities(runs: Sequence[Run]) -> Figure:
@@ -217,7 +219,7 @@ def draw_rates(runs: Sequence[Run], models: Sequence[Figures] = ()) -> Figure:
         for axes, pairs in zip(panels, (run.test.analysis.seen, run.test.analysis.unseen), strict=True):
             axes.plot(pairs.fpr, pairs.tpr, label=run.name, **_line(number))
     for number, model in enumerate(models):
-        style = {"color": "black", "ls": ("-", "--", ":", "-.")[number % 4], "lw": 1}
+        style = {"color": "black", "ls": _DASHES[number % len(_DASHES)], "lw": 1}
         panels[1].plot(model.curve_fpr, model.curve_tpr, label=f"{model.model_id} (as it ships)", **style)
     for axes, who in zip(
         panels, ("people learned from, test split", "people not learned from, validation"), strict=True
