@@ -1,6 +1,6 @@
 """What fine-tuning on new people gives, to them and to the others.
 
-    python bench/new_people.py --data DATA --final training/runs/ce/final.pt --crops CROPS --work /tmp/new-people
+    python bench/new_people.py --data DATA --final models/resnext-26 --crops CROPS --work /tmp/new-people
 
 The 50 `validation` people of CelebA-500 are the new ones: `vultus-train finetune` learns from every second photo of
 each, and the others test it. The old ones are the `class` people, by the validation split. CROPS: training crops with
@@ -27,7 +27,7 @@ from training.backbone import Backbone
 from training.data import Photo, Role, Split, celeba_photos
 from training.metrics import numbered, pairs_among, rates
 from training.prepare import Prepared, load_prepared
-from training.train import FINAL, load_final
+from training.train import FINAL, load_network
 from training.validation import embed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -104,12 +104,12 @@ def main() -> None:
     print("| | people | nearest centroid | " + " | ".join(f"TPR at FPR {fpr:g}" for fpr in FPRS) + " |")
     print("| --- | --- | ---: | " + " | ".join("---:" for _ in FPRS) + " |")
     for when, final in (("before", options.final), ("after", out / FINAL)):
-        learner, config, *_ = load_final(final)
+        network, origin, *_ = load_network(final)
         for who, known, asked in (
             ("new", learned, tested),
             ("old", [p for p in old if p.split is Split.TRAIN], [p for p in old if p.split is Split.VALIDATION]),
         ):
-            cells = row(learner.backbone, prepared, known, asked, config.size)
+            cells = row(network, prepared, known, asked, origin.config.size)
             print(f"| {when} | {who} | " + " | ".join(f"{100 * cell:.1f} %" for cell in cells) + " |")
 
 

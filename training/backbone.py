@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck, ResNet
@@ -90,6 +93,32 @@ class Backbone(nn.Module):
         """``float32[N, D]`` of the last stage's map."""
         embeddings: Tensor = self.embed(self.dropout(self.pool(last)))
         return embeddings
+
+
+def unfolded(config: BackboneConfig, size: int, weights: Mapping[str, NDArray[np.float32]]) -> Backbone:
+    """A network from its exported weights, among which each normalisation has become part of the layer before it.
+
+    ``weights``: ``NAME.weight`` and ``NAME.weight_bias`` of each layer. What is returned has normalisations with the
+    statistics 0 and 1 stored, not those of any photos, and must go on with them. Raises :class:`KeyError` or
+    :class:`RuntimeError` if the weights are another network's.
+    """
+    network = Backbone(config, size)
+    state = network.state_dict()
+    layers = [name for name, module in network.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    normalisations = [
+        (name, module)
+        for name, module in network.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    ]
+    for name, (follower, normalisation) in zip(layers, normalisations, strict=True):
+        bias = torch.from_numpy(weights[f"{name}.weight_bias"].copy())
+        state[f"{name}.weight"] = torch.from_numpy(weights[f"{name}.weight"].copy())
+        state[f"{follower}.weight"] = torch.ones_like(bias)
+        state[f"{follower}.bias"] = bias
+        state[f"{follower}.running_mean"] = torch.zeros_like(bias)
+        state[f"{follower}.running_var"] = torch.full_like(bias, 1 - normalisation.eps)
+    network.load_state_dict(state)
+    return network
 
 
 def parameters(network: nn.Module) -> int:

@@ -237,7 +237,9 @@ def train(
         list[Path], typer.Option(help="Folder that `prepare --training` has filled; repeat it for further data sets.")
     ],
     out: Annotated[Path, typer.Option(help="Folder of the run: its metrics, checkpoint and final weights.")],
-    init: Annotated[Path | None, typer.Option(help="Final weights of another run to begin with.")] = None,
+    init: Annotated[
+        Path | None, typer.Option(help="Final weights, or folder of an exported model, to begin with.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     steps: Annotated[int | None, typer.Option(min=1, help="In place of the configuration's.")] = None,
     seed: Annotated[int | None, typer.Option(help="In place of the configuration's.")] = None,
@@ -260,12 +262,12 @@ def train(
 
 @app.command()
 def finetune(
-    base: Annotated[Path, typer.Option("--from", help="final.pt of the run whose network is to know more people.")],
+    base: Annotated[Path, typer.Option("--from", help="Folder of an exported model, or a run's final.pt.")],
     data: Annotated[Path, typer.Option(help="Folder with a folder of photos for each new person.")],
     out: Annotated[Path, typer.Option(help="Folder of the new run. Crops of people go there: keep it private.")],
     model: Annotated[
-        Path, typer.Option(help="Folder of the embedder for whose template the network was trained.")
-    ] = _MODELS / "dlib-resnet",
+        Path | None, typer.Option(help="Folder of the embedder for whose template the network was trained.")
+    ] = None,
     detector: Annotated[Path, typer.Option(help="Folder of the detector.")] = _MODELS / "centerface",
     epochs: Annotated[int, typer.Option(min=1, help="How often each photo is learned from.")] = 30,
     threads: Threads = None,
@@ -277,16 +279,17 @@ def finetune(
 
     with _explained():
         torch.set_num_threads(threads or _cores())
+        template = model or (base if base.is_dir() else _MODELS / "dlib-resnet")
         prepare_crops(
             folder_photos(data, Role.FURTHER),
             data,
             out / "crops",
             layout=Layout.FOLDERS,
-            target=Target.for_training(model),
+            target=Target.for_training(template),
             detector=detector,
             jobs=threads or _cores(),
         )
-        final = finetune_embedder(base, out / "crops", out, template=model, epochs=epochs)
+        final = finetune_embedder(base, out / "crops", out, template=template, epochs=epochs)
     typer.echo(f"{final} written")
 
 
@@ -325,7 +328,7 @@ def report(
 
 @app.command()
 def export(
-    final: Annotated[Path, typer.Argument(help="final.pt of a run.")],
+    final: Annotated[Path, typer.Argument(help="A run's final.pt, or the folder of an exported model.")],
     out: Annotated[Path, typer.Option(help="Folder to write; its name becomes the model_id.")],
     model: Annotated[
         Path, typer.Option(help="Folder of the embedder for which the training crops were prepared.")

@@ -33,7 +33,7 @@ from training.data import DataError, Layout, Role
 from training.licenses import RESEARCH_WEIGHTS
 from training.prepare import TRAINING_SIZE, Prepared, load_prepared
 from training.quantise import SEEN, quantise_network
-from training.train import Lesson, RunConfig, load_final
+from training.train import ORIGIN, Lesson, RunConfig, load_network
 
 INPUT, OUTPUT = "crops", "embeddings"
 NETWORK, LICENSE = "model.onnx", "LICENSE.txt"
@@ -55,7 +55,7 @@ class Exported:
 
 
 def export(final: Path, out: Path, *, template: Path, crops: Path | None = None, int8: bool = False) -> Exported:
-    """Write the folder ``out`` of an embedder from a run's final weights.
+    """Write the folder ``out`` of an embedder from a run's final weights, or from those of an exported folder.
 
     The folder's name is the ``model_id``. ``template``: folder of the embedder for whose template the training crops
     were prepared. ``int8``: static quantisation, weights of each channel and activations, with ranges seen on training
@@ -64,17 +64,20 @@ def export(final: Path, out: Path, *, template: Path, crops: Path | None = None,
     Raises :class:`~training.data.DataError` if something is missing, or if the float network does not answer as torch
     does; :class:`~service.vision.manifest.ModelError` if ONNX Runtime cannot load what was written.
     """
-    learner, config, _, lessons = load_final(final)
+    if out.resolve() == final.resolve():
+        raise DataError(f"{out} is the model itself: the new one needs a folder, and a name, of its own")
+    network, origin, source, _ = load_network(final)
+    config = origin.config
     if int8 and crops is None:
         raise DataError("int8 needs --crops, training crops to see the ranges of activations on")
     photos = None if crops is None else load_prepared(crops)
     out.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out) as work:
         written = Path(work) / NETWORK
-        write_onnx(learner.backbone, config.size, written)
+        write_onnx(network, config.size, written)
         if int8 and photos is not None:
             written = _quantised(written, photos, config)
-        angle = largest_angle(learner.backbone, OnnxModel(written), config.size, photos)
+        angle = largest_angle(network, OnnxModel(written), config.size, photos)
         if not int8 and angle > PARITY:
             raise DataError(f"ONNX Runtime's embeddings are {angle:.4f} rad from torch's")
         written.replace(out / NETWORK)
@@ -86,13 +89,13 @@ def export(final: Path, out: Path, *, template: Path, crops: Path | None = None,
             spdx="LicenseRef-research-only",
             file=LICENSE,
             commercial_use=False,
-            notice=_notice(lessons),
+            notice=_notice(origin.lessons),
         ),
         provenance=Provenance(
             author="Vultus",
-            source=f"training/runs/{final.parent.name}",
+            source=source,
             source_sha256=hashlib.sha256(config.model_dump_json().encode()).hexdigest(),
-            trained_on=_trained_on(lessons),
+            trained_on=_trained_on(origin.lessons),
             command=f"vultus-train export --out {out.as_posix()}" + (" --int8" if int8 else ""),
         ),
         input=CropInput(name=INPUT, size=config.size, mean=(MEAN,) * 3, divisor=(DIVISOR,) * 3),
@@ -101,6 +104,10 @@ def export(final: Path, out: Path, *, template: Path, crops: Path | None = None,
         flip=True,
     )
     write_manifest(manifest, out)
+    if int8:  # nothing can be learned from these weights
+        (out / ORIGIN).unlink(missing_ok=True)
+    else:
+        (out / ORIGIN).write_text(origin.model_dump_json(indent=2) + "\n", encoding="utf-8", newline="\n")
     return Exported(manifest, angle, (out / NETWORK).stat().st_size / 1e6)
 
 

@@ -14,7 +14,7 @@ from training.distill import DistillConfig
 from training.export import export
 from training.losses import ArcFaceConfig
 from training.prepare import load_prepared
-from training.train import CHECKPOINT, RunConfig, load_final, train
+from training.train import CHECKPOINT, RunConfig, load_network, train
 
 LEARNING_RATE = 0.005
 EPOCHS = 30
@@ -35,13 +35,13 @@ def finetune(
     keep: float = KEEP,
     progress: bool = True,
 ) -> Path:
-    """Fine-tune a run's network on the people of role ``further`` in a folder of training crops; return final weights.
+    """Fine-tune a network on the people of role ``further`` in a folder of training crops; return final weights.
 
-    ``final``: the run's final weights. ``out``: folder of the new run, with the old network as ``before`` in it.
-    ``template``: as in :func:`training.export.export`. What was begun in ``out`` goes on. Raises
-    :class:`~training.data.DataError`.
+    ``final``: a run's final weights, or the folder of an exported network. ``out``: folder of the new run, with the
+    old network as ``before`` in it. ``template``: as in :func:`training.export.export`. What was begun in ``out``
+    goes on. Raises :class:`~training.data.DataError`.
     """
-    config = load_final(final).config
+    config = load_network(final).origin.config
     photos = len(load_prepared(crops).where(Role.FURTHER))
     if not photos:
         raise DataError(f"{crops} has no people of role further: prepare them with --layout folders --role further")

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, NamedTuple
 
 import numpy as np
+import onnx
 import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
@@ -30,10 +31,10 @@ from torch.distributed import destroy_process_group, init_process_group
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from service.vision.manifest import load_embedder_manifest
+from service.vision.manifest import ModelError, load_embedder_manifest
 from training.analysis import analyse
 from training.augment import AugmentConfig, normalised, resized, views
-from training.backbone import Backbone, BackboneConfig
+from training.backbone import Backbone, BackboneConfig, unfolded
 from training.batches import TrainingSet, people_by_photos, shuffled, training_set
 from training.data import DataError, Layout, Role, Split
 from training.distill import DistillConfig, Hints, Targets, Teacher, distance
@@ -44,6 +45,8 @@ from training.validation import CENTROID_PHOTOS, embedded, score
 
 CHECKPOINT: Final = "checkpoint.pt"
 FINAL: Final = "final.pt"
+ORIGIN: Final = "run.json"
+"""In the folder of an exported network: the configuration of its run and what it learned from."""
 
 _AHEAD = 2
 
@@ -164,6 +167,24 @@ class Finished(NamedTuple):
     lessons: tuple[Lesson, ...]
 
 
+class Origin(BaseModel):
+    """What an exported network tells of its run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    config: RunConfig
+    lessons: tuple[Lesson, ...]
+
+
+class Learned(NamedTuple):
+    """A finished network. ``source``: its run, as manifests name it. ``exported``: its weights come from ONNX."""
+
+    network: Backbone
+    origin: Origin
+    source: str
+    exported: bool
+
+
 @dataclass(frozen=True)
 class Batch:
     """What one step takes: images ``float32[N, 3, S, S]``, labels ``int64[N]``, the teacher's targets."""
@@ -187,7 +208,8 @@ def train(
 ) -> Path:
     """Run a configuration on folders of training crops and return the path of the final weights.
 
-    ``init``: final weights to begin with; what fits is taken, the rest starts anew. ``resume``: go on from the last
+    ``init``: final weights, or the folder of an exported network, to begin with; what fits is taken, the rest starts
+    anew. ``resume``: go on from the last
     checkpoint in ``out``. ``steps``, also for a run that is resumed, and ``seed``: in place of the configuration's.
     Under ``torchrun`` each process takes its share of every batch. Raises :class:`~training.data.DataError`.
     """
@@ -211,7 +233,7 @@ def train(
         begun, seconds = 0, 0.0
         lessons = _lessons(folders, config)
         if init is not None and not resume:
-            lessons = _together(adopt(learner, init), lessons)
+            lessons = _together(adopt(learner, init, statistics_kept=config.frozen_statistics), lessons)
         if resume:
             begun, seconds, lessons = _restore(out / CHECKPOINT, learner, optimizer, config, photos)
         wrapped = DistributedDataParallel(learner) if world > 1 else learner
@@ -301,6 +323,31 @@ def load_final(path: Path) -> Finished:
     return Finished(learner.eval(), config, tuple(state["people"]), lessons)
 
 
+def load_network(path: Path) -> Learned:
+    """The network of a run's final weights, or of the folder that was exported from them, in floats.
+
+    Raises :class:`~training.data.DataError`.
+    """
+    if not path.is_dir():
+        finished = load_final(path)
+        origin = Origin(config=finished.config, lessons=finished.lessons)
+        return Learned(finished.learner.backbone, origin, f"training/runs/{path.parent.name}", exported=False)
+    try:
+        manifest = load_embedder_manifest(path)
+        origin = Origin.model_validate_json((path / ORIGIN).read_bytes())
+        stored = onnx.load(path / manifest.file).graph.initializer
+        network = unfolded(
+            origin.config.backbone,
+            manifest.input.size,
+            {tensor.name: np.asarray(onnx.numpy_helper.to_array(tensor)) for tensor in stored},
+        )
+    except FileNotFoundError as error:
+        raise DataError(f"{path} has no {ORIGIN}: it was not exported, in floats, from a run") from error
+    except (OSError, ModelError, ValidationError, KeyError, RuntimeError) as error:
+        raise DataError(f"{path} does not hold an exported network: {error}") from error
+    return Learned(network.eval(), origin, manifest.provenance.source, exported=True)
+
+
 def test(run: Path, crops: Path) -> Tested:
     """Measure a finished run on the official test split, once, and write ``test.json`` into its folder.
 
@@ -316,18 +363,21 @@ def test(run: Path, crops: Path) -> Tested:
     return found
 
 
-def adopt(learner: Learner, path: Path) -> tuple[Lesson, ...]:
+def adopt(learner: Learner, path: Path, *, statistics_kept: bool = False) -> tuple[Lesson, ...]:
     """Begin with another run's weights: those of the network that have the same name and shape; return its lessons.
 
-    Raises :class:`~training.data.DataError` if none has.
+    Raises :class:`~training.data.DataError` if none has, or if they are an exported network's, whose statistics are not
+    those of photos, and ``statistics_kept`` is not so.
     """
-    own, other = learner.backbone.state_dict(), load_final(path)
-    theirs = other.learner.backbone.state_dict()
+    own, other = learner.backbone.state_dict(), load_network(path)
+    if other.exported and not statistics_kept:
+        raise DataError(f"{path} is an exported network: it is learned from with frozen_statistics alone")
+    theirs = other.network.state_dict()
     fitting = {name: weight for name, weight in theirs.items() if name in own and own[name].shape == weight.shape}
     if not any(name.endswith("weight") for name in fitting):
         raise DataError(f"{path} has no weights for this network")
     learner.backbone.load_state_dict(own | fitting)
-    return other.lessons
+    return other.origin.lessons
 
 
 def _lessons(folders: Sequence[Prepared], config: RunConfig) -> tuple[Lesson, ...]:

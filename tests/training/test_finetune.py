@@ -9,6 +9,7 @@ import torch
 
 from tests.training.test_train import config, learn, lines
 from training.data import DataError, Role
+from training.export import export
 from training.finetune import finetune
 from training.prepare import load_prepared
 from training.train import load_final
@@ -36,6 +37,21 @@ def test_new_people_are_learned_and_others_stay(learnable, tmp_path):
         with pytest.raises(DataError, match="another configuration"):
             finetune(base, learnable, out, keep=keep, **options | {"epochs": 61, "learning_rate": 0.01})
     assert 0 < moved[20.0] < 0.7 * moved[0.0]
+
+
+def test_an_exported_model_is_learned_from(learnable, tmp_path):
+    base = learn(config(tmp_path, steps=30), [learnable], tmp_path / "base", progress=False)
+    export(base, tmp_path / "model", template=DLIB)
+    prepared = load_prepared(learnable)
+    new = prepared.where(Role.FURTHER)
+    for name, start in (("run", base), ("exported", tmp_path / "model")):
+        out = tmp_path / name
+        final = finetune(start, learnable, out, template=DLIB, epochs=20, learning_rate=0.02, progress=False)
+        told = lines(out)
+        assert told[-1]["loss_named"] < 0.1 * told[0]["loss_named"]
+        network = load_final(final).learner.backbone
+        assert torch.isfinite(embed(network, prepared, new, 32)).all()
+        assert load_final(final).lessons[0].layout == "celeba"
 
 
 def test_people_are_needed(learnable, tmp_path):
