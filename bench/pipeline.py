@@ -127,13 +127,13 @@ def profile(name: str, photo: bytes, model: Path, detector: Path, threads: int, 
     image = decode_image(photo, LIMIT, LIMIT)
     faces = faces_of.detect(image)
     crops = cut_crops(embedder, [(image, face) for face in faces])
-    vectors = batcher.submit(crops).result()
+    vectors = batcher.embed(crops)
     looks, embeddings = finder.given[:], network.given[:]
 
     def whole() -> None:
         found = faces_of.detect(image)
         cut = cut_crops(embedder, [(image, face) for face in found])
-        index.search_subjects("default", batcher.submit(cut).result(), 5)
+        index.search_subjects("default", batcher.embed(cut), 5)
 
     def networks() -> None:
         for inputs in looks:
@@ -145,7 +145,7 @@ def profile(name: str, photo: bytes, model: Path, detector: Path, threads: int, 
         "decode": lambda: decode_image(photo, LIMIT, LIMIT),
         "detect": lambda: faces_of.detect(image),
         "align": lambda: cut_crops(embedder, [(image, face) for face in faces]),
-        "embed": lambda: batcher.submit(crops).result(),
+        "embed": lambda: batcher.embed(crops),
         "search": lambda: index.search_subjects("default", vectors, 5),
         "all but decode": whole,
         "networks alone": networks,

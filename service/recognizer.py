@@ -10,7 +10,6 @@ import copy
 import hashlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -93,9 +92,9 @@ class Detector(Protocol):
 
 
 class EmbeddingQueue(Protocol):
-    """Takes crops ``uint8[N, S, S, 3]`` and promises embeddings ``float32[N, D]``."""
+    """Turns crops ``uint8[N, S, S, 3]`` into embeddings ``float32[N, D]``, when it is their turn."""
 
-    def submit(self, crops: NDArray[np.uint8]) -> Future[NDArray[np.float32]]: ...
+    def embed(self, crops: NDArray[np.uint8]) -> NDArray[np.float32]: ...
 
 
 class PhotoLimits(Protocol):
@@ -598,7 +597,7 @@ class Recognizer:
         return image, self._detector.detect(image)
 
     def _embed(self, faces: Sequence[tuple[Image, Face]]) -> NDArray[np.float32]:
-        return self._queue.submit(cut_crops(self._embedder, faces)).result()
+        return self._queue.embed(cut_crops(self._embedder, faces))
 
     def _probe(self, photo: bytes) -> tuple[list[Face], NDArray[np.float32]]:
         image, faces = self._see(photo)

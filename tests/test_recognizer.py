@@ -214,6 +214,6 @@ def test_a_photo_set_that_meets_a_full_queue_is_refused_and_not_called_unusable(
     def full(crops: object) -> None:
         raise Overloaded
 
-    monkeypatch.setattr(recognizer._queue, "submit", full)
+    monkeypatch.setattr(recognizer._queue, "embed", full)
     with pytest.raises(Overloaded):
         recognizer.search_unknown([photo("obama.jpg")], "default", None)

@@ -1,4 +1,4 @@
-"""One queue in front of the embedder, so that crops of different requests share a run."""
+"""One queue in front of the embedder, so that crops of different requests share a run when it is busy."""
 
 from __future__ import annotations
 
@@ -48,12 +48,18 @@ class _Piece:
     crops: Crops
 
 
+def _checked(crops: Crops) -> Crops:
+    if crops.ndim != 4 or crops.shape[3] != 3 or crops.dtype != np.uint8:
+        raise ValueError(f"crops must be uint8[N, S, S, 3], not {crops.dtype}{list(crops.shape)}")
+    return crops
+
+
 class Batcher:
     """Worker threads that run ``embed`` on whatever waits, first come, first served.
 
-    ``embed``: ``uint8[N, S, S, 3]`` to ``float32[N, D]``; only ever called from the workers. ``max_batch``:
-    the most crops in one call. ``workers``: how many calls at once. A worker takes what is there as soon as it
-    is free and never lingers for more: a lone request pays nothing for the batching, and under load the queue
+    ``embed``: ``uint8[N, S, S, 3]`` to ``float32[N, D]``. ``max_batch``: the most crops in one call. ``workers``: how
+    many calls at once. A worker takes what is there as soon as it is free and never lingers for more; where one is
+    free, :meth:`embed` does not even wake it: a lone request pays nothing for the batching, and under load the queue
     fills the batches by itself. The queue has no bound of its own: whoever submits waits for the answer, and
     how many may do so at once is decided where requests are admitted.
     """
@@ -63,6 +69,8 @@ class Batcher:
             raise ValueError(f"max_batch and workers must be at least 1, not {max_batch} and {workers}")
         self._embed = embed
         self._max_batch = max_batch
+        self._limit = workers
+        self._running = 0
         self._queue: deque[_Submission] = deque()
         self._unanswered: set[_Submission] = set()
         self._changed = threading.Condition()
@@ -86,6 +94,24 @@ class Batcher:
         with self._changed:
             return sum(item.waiting for item in self._queue if not item.future.cancelled())
 
+    def embed(self, crops: Crops) -> Embeddings:
+        """Return ``float32[N, D]`` of ``uint8[N, S, S, 3]``: on this thread, if nobody waits and a run is free.
+
+        Raises what :meth:`submit` and its future raise.
+        """
+        _checked(crops)
+        with self._changed:
+            idle = self._running < self._limit and not (self._queue or self._closed or self._dead)
+            alone = idle and len(crops) <= self._max_batch
+            if alone:
+                self._running += 1
+        if not alone:
+            return self.submit(crops).result()
+        try:
+            return self._answer(crops)
+        finally:
+            self._end_run()
+
     def submit(self, crops: Crops) -> Future[Embeddings]:
         """Queue ``uint8[N, S, S, 3]``; the future gives ``float32[N, D]`` in the same order, once.
 
@@ -96,9 +122,7 @@ class Batcher:
         Raises :class:`~service.errors.NotReady` if the batcher is closed or a worker has died, and ValueError if
         the array is of another shape or type.
         """
-        if crops.ndim != 4 or crops.shape[3] != 3 or crops.dtype != np.uint8:
-            raise ValueError(f"crops must be uint8[N, S, S, 3], not {crops.dtype}{list(crops.shape)}")
-        submission = _Submission(crops, Future())
+        submission = _Submission(_checked(crops), Future())
         with self._changed:
             if self._closed or self._dead:
                 raise NotReady("The embedder has stopped")
@@ -114,6 +138,8 @@ class Batcher:
             self._changed.notify_all()
         for worker in self._workers:
             worker.join()
+        with self._changed:
+            self._changed.wait_for(lambda: self._running == 0)
 
     def _work(self) -> None:
         try:
@@ -121,7 +147,10 @@ class Batcher:
                 pieces = self._take()
                 if not pieces:
                     return
-                self._run(pieces)
+                try:
+                    self._run(pieces)
+                finally:
+                    self._end_run()
         except BaseException as error:  # not even an exit may leave somebody waiting for ever
             self._die(error)
 
@@ -131,7 +160,7 @@ class Batcher:
             pieces: list[_Piece] = []
             room = self._max_batch
             while not pieces:
-                self._changed.wait_for(lambda: self._queue or self._closed or self._dead)
+                self._changed.wait_for(self._may_run)
                 if not self._queue:
                     return []
                 while self._queue and room > 0:
@@ -149,16 +178,32 @@ class Batcher:
                     submission.taken = end
                     if submission.waiting == 0:
                         self._queue.popleft()
+            self._running += 1
             if self._queue:
                 self._changed.notify()
             return pieces
 
+    def _may_run(self) -> bool:
+        """Whether a worker has something to do, or nothing any more."""
+        if self._queue:
+            return self._running < self._limit
+        return self._closed or self._dead
+
+    def _end_run(self) -> None:
+        with self._changed:
+            self._running -= 1
+            self._changed.notify_all()
+
+    def _answer(self, crops: Crops) -> Embeddings:
+        embeddings = self._embed(crops)
+        if len(embeddings) != len(crops):
+            raise RuntimeError(f"{len(crops)} crops gave {len(embeddings)} embeddings")
+        return embeddings
+
     def _run(self, pieces: list[_Piece]) -> None:
         try:
             crops = pieces[0].crops if len(pieces) == 1 else np.concatenate([piece.crops for piece in pieces])
-            embeddings = self._embed(crops)
-            if len(embeddings) != len(crops):
-                raise RuntimeError(f"{len(crops)} crops gave {len(embeddings)} embeddings")
+            embeddings = self._answer(crops)
         except Exception as error:
             self._fail(pieces, error)
             return

@@ -83,6 +83,70 @@ def test_a_lone_submission_is_embedded(batcher: Batcher, engine: Engine) -> None
     assert engine.sizes == [3]
 
 
+def test_who_comes_alone_is_embedded_on_his_own_thread(batcher: Batcher, engine: Engine) -> None:
+    threads: list[threading.Thread] = []
+
+    def embed(crops: NDArray[np.uint8]) -> NDArray[np.float32]:
+        threads.append(threading.current_thread())
+        return engine(crops)
+
+    alone = Batcher(embed, max_batch=8)
+    assert numbers_of(alone.embed(numbered(3, 1, 2))) == [3, 1, 2]
+    assert threads == [threading.current_thread()]
+    # More than a batch is for the workers, who split it.
+    assert numbers_of(alone.embed(numbered(*range(9)))) == list(range(9))
+    assert engine.sizes == [3, 8, 1]
+    assert threading.current_thread() not in threads[1:]
+    alone.close()
+    with pytest.raises(NotReady):
+        alone.embed(numbered(1))
+    with pytest.raises(ValueError, match="crops must be"):
+        batcher.embed(np.zeros((4, 4, 3), np.uint8))
+
+
+def test_who_comes_to_a_busy_embedder_shares_a_run(batcher: Batcher, engine: Engine) -> None:
+    first = engine.hold(batcher)
+    with ThreadPoolExecutor(4) as pool:
+        others = [pool.submit(batcher.embed, numbered(number)) for number in range(1, 5)]
+        while batcher.waiting < 4:
+            assert not first.done()
+        engine.go.set()
+        assert [numbers_of(other.result(WAIT)) for other in others] == [[1], [2], [3], [4]]
+    assert engine.sizes == [1, 4]
+
+
+def test_runs_on_a_callers_thread_count_among_those_at_once(engine: Engine) -> None:
+    batcher = Batcher(engine, max_batch=8)
+    engine.go.clear()
+    with ThreadPoolExecutor(1) as pool:
+        alone = pool.submit(batcher.embed, numbered(1))
+        assert engine.started.wait(WAIT)
+        later = [batcher.submit(numbered(number)) for number in (2, 3)]
+        closing = threading.Thread(target=batcher.close)
+        closing.start()
+        closing.join(0.05)
+        # The worker has not begun, or it would not be waiting.
+        assert batcher.waiting == 2
+        assert closing.is_alive()
+        engine.go.set()
+        assert numbers_of(alone.result(WAIT)) == [1]
+        assert [numbers_of(future.result(WAIT)) for future in later] == [[2], [3]]
+    closing.join(WAIT)
+    assert not closing.is_alive()
+    assert engine.sizes == [1, 2]
+
+
+def test_a_failed_run_on_a_callers_thread_frees_its_place() -> None:
+    batcher = Batcher(Engine(poison=13), max_batch=4)
+    for _ in range(3):
+        with pytest.raises(ZeroDivisionError, match="poison"):
+            batcher.embed(numbered(13))
+    assert batcher.alive
+    assert numbers_of(batcher.embed(numbered(4))) == [4]
+    assert numbers_of(batcher.submit(numbered(5)).result(WAIT)) == [5]
+    batcher.close()
+
+
 def test_submissions_that_wait_share_a_run(batcher: Batcher, engine: Engine) -> None:
     first = engine.hold(batcher)
     futures = [batcher.submit(numbered(2 * i, 2 * i + 1)) for i in range(5)]
