@@ -6,8 +6,9 @@ point (x, y) of the photo to its place in the crop. Pixel centres have whole-num
 
 from __future__ import annotations
 
+import cmath
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import cv2
@@ -18,8 +19,6 @@ from service.domain import Crop, Face, Image, Landmarks, Portrait
 
 Transform: TypeAlias = NDArray[np.float64]
 """``float64[2, 3]``, photo to crop."""
-
-_Complex: TypeAlias = NDArray[np.complex128]
 
 _TEMPLATE_SIZE = 112
 
@@ -74,18 +73,23 @@ def eye_line_transform(landmarks: Landmarks, template: Landmarks) -> Transform:
     eyes that coincide count as level: the transform is always a proper one. Raises ValueError if all five
     landmarks coincide, or if a coordinate is not finite.
     """
+    # Five points are too few for arrays to pay.
     points, target = _points(landmarks), _points(template)
     origin, target_origin = (points[0] + points[1]) / 2, (target[0] + target[1]) / 2
     axis, target_axis = _direction(points), _direction(target)
-    local = (points - origin) * axis.conjugate()
-    target_local = (target - target_origin) * target_axis.conjugate()
-    p, q = local.real - local.real.mean(), local.imag
-    a, b = target_local.real - target_local.real.mean(), target_local.imag
-    spread = float(p @ p + q @ q)
-    scale = float(p @ a + q @ b) / spread
+    local = [(point - origin) * axis.conjugate() for point in points]
+    target_local = [(point - target_origin) * target_axis.conjugate() for point in target]
+    middle, target_middle = (sum(point.real for point in own) / len(own) for own in (local, target_local))
+    fit = spread = target_spread = 0.0
+    for one, other in zip(local, target_local, strict=True):
+        p, q, a, b = one.real - middle, one.imag, other.real - target_middle, other.imag
+        fit += p * a + q * b
+        spread += p * p + q * q
+        target_spread += a * a + b * b
+    scale = fit / spread
     if scale <= 0:
-        scale = math.sqrt(float(a @ a + b @ b) / spread)
-    shift = float(target_local.real.mean() - scale * local.real.mean())
+        scale = math.sqrt(target_spread / spread)
+    shift = target_middle - scale * middle
     turn = scale * target_axis * axis.conjugate()
     return _matrix(turn, target_origin + shift * target_axis - turn * origin)
 
@@ -99,7 +103,7 @@ def least_squares_transform(landmarks: Landmarks, template: Landmarks) -> Transf
     scale together are Σ p* t / Σ |p|². Raises ValueError if all five landmarks coincide, or if a coordinate
     is not finite.
     """
-    points, target = _points(landmarks), _points(template)
+    points, target = np.array(_points(landmarks)), np.array(_points(template))
     centred = points - points.mean()
     spread = np.vdot(centred, centred).real
     turn = complex(np.vdot(centred, target - target.mean()) / spread)
@@ -148,10 +152,12 @@ def cut_portrait(image: Image, face: Face) -> Portrait:
     face lies in the photo.
     """
     height, width = image.shape[:2]
-    region = _square(eye_line_transform(face.landmarks, TEMPLATE_112), _TEMPLATE_SIZE, PORTRAIT_MARGIN)
+    low_x, low_y, high_x, high_y = _square(
+        eye_line_transform(face.landmarks, TEMPLATE_112), _TEMPLATE_SIZE, PORTRAIT_MARGIN
+    )
     box = face.box
-    corners = np.array([[box.x, box.y], [box.x + box.width, box.y + box.height]])
-    left, top, right, bottom = _bounds(np.concatenate([region, corners]), width, height)
+    around = min(low_x, box.x), min(low_y, box.y), max(high_x, box.x + box.width), max(high_y, box.y + box.height)
+    left, top, right, bottom = _bounds(around, width, height)
     part = image[top:bottom, left:right]
     if part.size == 0:
         raise ValueError("the face lies outside the photo")
@@ -175,20 +181,21 @@ def cut_portrait(image: Image, face: Face) -> Portrait:
     return Portrait(data=data.tobytes(), landmarks=landmarks.astype(np.float32))
 
 
-def _points(landmarks: Landmarks) -> _Complex:
+def _points(landmarks: Landmarks) -> list[complex]:
     points = np.asarray(landmarks, dtype=np.float64)
     if points.shape != (5, 2):
         raise ValueError(f"five points (x, y) are needed, not an array of shape {points.shape}")
-    if not np.isfinite(points).all():
+    result = [complex(x, y) for x, y in points.tolist()]
+    if not all(map(cmath.isfinite, result)):
         raise ValueError("a landmark is not finite")
-    result: _Complex = points[:, 0] + 1j * points[:, 1]
-    if float(np.abs(result - result.mean()).max()) < 1e-6:
+    mean = sum(result) / len(result)
+    if max(abs(point - mean) for point in result) < 1e-6:
         raise ValueError("all landmarks coincide")
     return result
 
 
-def _direction(points: _Complex) -> complex:
-    eyes = complex(points[1] - points[0])
+def _direction(points: Sequence[complex]) -> complex:
+    eyes = points[1] - points[0]
     return eyes / abs(eyes) if abs(eyes) > 0 else complex(1)
 
 
@@ -196,21 +203,25 @@ def _matrix(turn: complex, shift: complex) -> Transform:
     return np.array([[turn.real, -turn.imag, shift.real], [turn.imag, turn.real, shift.imag]])
 
 
-def _square(transform: Transform, size: int, margin: float) -> NDArray[np.float64]:
-    """``float64[4, 2]``: where in the photo the corners of the crop come from, widened about its middle."""
-    middle, half = (size - 1) / 2, size / 2 * margin
-    corners = middle + half * np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]], dtype=np.float64)
-    corners = (corners - transform[:, 2]) @ np.linalg.inv(transform[:, :2]).T
-    return np.asarray(corners, dtype=np.float64)
+def _square(transform: Transform, size: int, margin: float) -> tuple[float, float, float, float]:
+    """Left, top, right, bottom of where in the photo the crop comes from, widened about its middle."""
+    (cosine, _, shift_x), (sine, _, shift_y) = transform.tolist()
+    square = cosine * cosine + sine * sine
+    x, y = (size - 1) / 2 - shift_x, (size - 1) / 2 - shift_y
+    middle_x, middle_y = (cosine * x + sine * y) / square, (cosine * y - sine * x) / square
+    reach = size / 2 * margin * (abs(cosine) + abs(sine)) / square
+    return middle_x - reach, middle_y - reach, middle_x + reach, middle_y + reach
 
 
-def _bounds(points: NDArray[np.float64], width: int, height: int) -> tuple[int, int, int, int]:
-    """Left, top, right, bottom of the whole pixels of a photo that hold these points."""
-    low = np.floor(points.min(axis=0))
-    high = np.ceil(points.max(axis=0)) + 1
-    left, top = np.clip(low, 0, (width, height)).astype(int)
-    right, bottom = np.clip(high, 0, (width, height)).astype(int)
-    return int(left), int(top), int(right), int(bottom)
+def _bounds(region: tuple[float, float, float, float], width: int, height: int) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom of the whole pixels of a photo that hold this region."""
+    left, top, right, bottom = region
+    return (
+        min(max(math.floor(left), 0), width),
+        min(max(math.floor(top), 0), height),
+        min(max(math.ceil(right) + 1, 0), width),
+        min(max(math.ceil(bottom) + 1, 0), height),
+    )
 
 
 def _resized(image: Image, factor: float) -> tuple[Image, tuple[float, float]]:
@@ -235,7 +246,6 @@ def _region(image: Image, transform: Transform, size: int) -> tuple[Image, Trans
     if scale < SHRINK_BELOW:
         part, (x_scale, y_scale) = _resized(part, scale / WARP_SCALE)
     # A pixel (i, j) of the part is the point ((i + 0.5) / x_scale − 0.5 + left, ...) of the photo.
-    back = np.array(
-        [[1 / x_scale, 0, 0.5 / x_scale - 0.5 + left], [0, 1 / y_scale, 0.5 / y_scale - 0.5 + top], [0, 0, 1]]
-    )
-    return part, transform @ back
+    x, y = 0.5 / x_scale - 0.5 + left, 0.5 / y_scale - 0.5 + top
+    back = [[a / x_scale, b / y_scale, a * x + b * y + shift] for a, b, shift in transform.tolist()]
+    return part, np.array(back)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import mul
 
 import cv2
 import numpy as np
@@ -42,7 +43,7 @@ _MODEL: NDArray[np.float64] = np.array(
 eyes. x and y are the median of CenterFace's landmarks on frontal portraits, the nose's z is what makes its
 shift in turned heads agree with the foreshortened distance between their eyes."""
 
-_FIT: NDArray[np.float64] = np.linalg.pinv(_MODEL - _MODEL.mean(axis=0))
+_FIT: list[list[float]] = np.linalg.pinv(_MODEL - _MODEL.mean(axis=0)).tolist()
 
 
 def assess(image: Image, box: Box, landmarks: Landmarks) -> Quality:
@@ -71,19 +72,31 @@ def head_pose(landmarks: Landmarks) -> tuple[float, float, float]:
     landmarks do not determine a pose.
     """
     points = np.asarray(landmarks, dtype=np.float64)
-    if points.shape != (5, 2) or not np.isfinite(points).all():
-        raise ValueError("five finite points (x, y) are needed")
-    camera = (_FIT @ (points - points.mean(axis=0))).T
-    if float(np.abs(camera).max()) < 1e-9:
-        raise ValueError("all landmarks coincide")
-    left, _, right = np.linalg.svd(camera, full_matrices=False)
-    first, second = left @ right
-    third = np.cross(first, second)
-    yaw = math.asin(max(-1.0, min(1.0, float(third[0]))))
+    if points.shape != (5, 2):
+        raise ValueError("five points (x, y) are needed")
+    # Numbers so few that arrays do not pay. The rows of the camera, for x and y; the columns of the fit sum to 0.
+    u, v = ([_dot(axis, row) for axis in _FIT] for row in points.T.tolist())
+    a, b, c = _dot(u, u), _dot(u, v), _dot(v, v)
+    root = math.sqrt(max(0.0, a * c - b * b))
+    if not (math.isfinite(root) and root > 1e-6 * (a + c)):
+        raise ValueError("the landmarks are not finite, coincide or lie on one line")
+    # The nearest matrix with orthonormal rows is (C Cᵀ)^(−1/2) C, and of a matrix of 2×2 that root is known.
+    scale = root * math.sqrt(a + c + 2 * root)
+    first = [((c + root) * x - b * y) / scale for x, y in zip(u, v, strict=True)]
+    second = [((a + root) * y - b * x) / scale for x, y in zip(u, v, strict=True)]
+    # The cross product, the head's own z.
+    x = first[1] * second[2] - first[2] * second[1]
+    y = first[2] * second[0] - first[0] * second[2]
+    z = first[0] * second[1] - first[1] * second[0]
+    yaw = math.asin(max(-1.0, min(1.0, x)))
     # Only the front of a head has landmarks, so that a pitch beyond ±90 is the fit's failure.
-    pitch = -math.atan2(float(third[1]), max(0.0, float(third[2])))
-    roll = math.atan2(float(second[0]), float(first[0]))
+    pitch = -math.atan2(y, max(0.0, z))
+    roll = math.atan2(second[0], first[0])
     return math.degrees(yaw), math.degrees(pitch), math.degrees(roll)
+
+
+def _dot(one: Sequence[float], other: Sequence[float]) -> float:
+    return sum(map(mul, one, other), start=0.0)
 
 
 def enrolment_problem(face: Face) -> VultusError | None:
@@ -155,5 +168,6 @@ def _sharpness(image: Image, landmarks: Landmarks) -> float:
     """
     crop = align(image, landmarks, TEMPLATE_112, _CROP_SIZE)
     grey = cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY)[_CENTRE]
-    variance = float(cv2.Laplacian(grey, cv2.CV_64F).var())
+    deviation = float(cv2.meanStdDev(cv2.Laplacian(grey, cv2.CV_64F))[1][0, 0])
+    variance = deviation * deviation
     return variance / (variance + HALF_SHARP)
