@@ -98,11 +98,11 @@ def fill(data_dir: Path, people: int, each: int = 1) -> None:
 
 
 def photos(folder: Path, most: int) -> list[Path]:
-    """Return the first photos of a folder and the folders in it, by name."""
+    """Return photos of a folder and the folders in it, by name, evenly drawn if there are more than ``most``."""
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PHOTO_SUFFIXES)
     if not found:
         raise SystemExit(f"There is no photo in {folder}.")
-    return found[:most]
+    return [found[number * len(found) // most] for number in range(most)] if len(found) > most else found
 
 
 @dataclass(frozen=True)
