@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from service.domain import Face, Image
 from service.vision.alignment import TEMPLATE_112
-from service.vision.detector import FaceDetector
+from service.vision.detector import QUICK_BORDER, QUICK_SIDE, FaceDetector
 from service.vision.image import decode_image
 from service.vision.manifest import ModelError, load_detector_manifest
 from service.vision.onnx import OnnxModel
@@ -33,14 +33,16 @@ FACES = {
 
 
 class CountingModel(OnnxModel):
-    """The real network, with a count of its runs."""
+    """The real network, with a count of its runs, and the longest side of what it was shown in each."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self.runs = 0
+        self.sides: list[int] = []
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[np.float32]]:
         self.runs += 1
+        self.sides += [max(array.shape[2:]) for array in inputs.values()]
         return super().run(inputs)
 
 
@@ -149,6 +151,18 @@ def test_rotated_photo_has_the_same_faces(
         assert min(errors) < 0.03
         assert face.detection_score == pytest.approx(other.detection_score, abs=0.05)
         assert face.box.area == pytest.approx(other.box.area, rel=0.1)
+
+
+def test_an_orientation_without_an_upright_face_costs_one_quick_look(
+    detector: FaceDetector, network: CountingModel, photos: dict[str, Image]
+) -> None:
+    looks = []
+    # The face in the whole photo would be too small for a quick look.
+    for image in (photos["biden.jpg"][:900, 150:950], photos["obama.jpg"]):
+        start = network.runs
+        detector.detect(np.ascontiguousarray(np.rot90(image, 2)))
+        looks.append([side > QUICK_SIDE + 2 * QUICK_BORDER for side in network.sides[start:]])
+    assert looks == [[True, True, False, False, False, True], [True] * 7]
 
 
 def test_people_who_are_turned_differently(detector: FaceDetector, photos: dict[str, Image]) -> None:
