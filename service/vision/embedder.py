@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from service.vision.manifest import EmbedderManifest, ModelError, load_embedder_manifest
 from service.vision.onnx import OnnxModel
 
+_TINY = np.finfo(np.float32).tiny
+
 
 class Embedder:
     """A face network with the preparation that its manifest asks for. Safe to use from several threads."""
@@ -67,9 +69,9 @@ class Embedder:
         (vectors,) = self._network.run({self._manifest.input.name: batch})
         if self._manifest.flip:
             vectors = vectors[: len(crops)] + vectors[len(crops) :]
-        norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+        norms = np.sqrt((vectors * vectors).sum(axis=1, keepdims=True))
         # A network that answers with nothing gives a zero vector, similar to nobody, rather than NaN.
-        embeddings: NDArray[np.float32] = vectors / np.maximum(norms, np.finfo(np.float32).tiny)
+        embeddings: NDArray[np.float32] = vectors / np.maximum(norms, _TINY)
         return embeddings
 
     def prepared(self, crops: NDArray[np.uint8]) -> NDArray[np.float32]:

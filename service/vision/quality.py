@@ -167,7 +167,7 @@ def _sharpness(image: Image, landmarks: Landmarks) -> float:
     enlarged to fill the crop is as blurred as it looks.
     """
     crop = align(image, landmarks, TEMPLATE_112, _CROP_SIZE)
-    grey = cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY)[_CENTRE]
-    deviation = float(cv2.meanStdDev(cv2.Laplacian(grey, cv2.CV_64F))[1][0, 0])
+    grey = cv2.cvtColor(crop[_CENTRE], cv2.COLOR_RGB2GRAY)
+    deviation = float(cv2.meanStdDev(cv2.Laplacian(grey, cv2.CV_16S))[1][0, 0])
     variance = deviation * deviation
     return variance / (variance + HALF_SHARP)
