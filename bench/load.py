@@ -135,18 +135,6 @@ def one_face(recognizer: Recognizer, paths: Sequence[Path]) -> list[Path]:
     return [path for path in paths if len(recognizer.detect(path.read_bytes())) == 1]
 
 
-def settled(recognizer: Recognizer, photos: Sequence[bytes]) -> list[bytes]:
-    """Return those photos that take at most twice the median alone: one look settles them."""
-    times = [min(seconds_of(recognizer, photo) for _ in range(3)) for photo in photos]
-    return [photo for photo, seconds in zip(photos, times, strict=True) if seconds <= 2 * statistics.median(times)]
-
-
-def seconds_of(recognizer: Recognizer, photo: bytes) -> float:
-    started = time.perf_counter()
-    recognizer.identify(photo, DEFAULT_GALLERY, None, 5)
-    return time.perf_counter() - started
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path, default=harness.ROOT / "tests" / "images", help="folder of photos")
@@ -172,12 +160,6 @@ def main() -> None:
             print(f"{len(files)} photos of one face, {kilobytes:.0f} kB on average; {asked.clients} clients")
             capacity = capacity_of(recognizer, server, files, photos, asked)
             requests = requests_of(photos)
-            usual = requests_of(settled(recognizer, photos))
-            print(
-                f"{len(requests) - len(usual)} photos take more than twice the median: they are looked at turned, too"
-            )
-            print("without those, ", end="")
-            light(server, usual, 0.8 * capacity, asked.seconds)
             light(server, requests, 0.8 * capacity, asked.seconds)
             overload(server, requests, capacity, asked.seconds)
             light(server, requests, 0.8 * capacity, asked.seconds / 2)
