@@ -14,7 +14,7 @@ import os
 import time
 import tomllib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from torch import Tensor, nn
-from torch.distributed import destroy_process_group, init_process_group
+from torch.distributed import all_reduce, destroy_process_group, init_process_group
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm  # type: ignore[import-untyped]
 
@@ -271,18 +271,20 @@ def train(
                     sums[f"loss_{name}"] += float(part.detach())
                 bar.update()
                 done = step + 1
-                if chief and (done % config.measure_every == 0 or done == config.steps):
-                    taken = sums.pop("steps")
+                if done % config.measure_every and done != config.steps:
+                    continue
+                means = _means(sums, world, device)
+                sums.clear()
+                if chief:
                     line = {
                         "step": done,
                         "samples": done * config.batch,
                         "seconds": round(time.monotonic() - started, 1),
                         "learning_rate": rate,
                         "size": config.size_at(step),
-                        **{name: total / taken for name, total in sums.items()},
+                        **means,
                         **_measured(learner, photos, judge, config.size_at(step), last=done == config.steps),
                     }
-                    sums.clear()
                     _append(out / METRICS, line)
                     _record(writer, line)
                     bar.set_postfix_str(_told(line))
@@ -430,6 +432,16 @@ def _indices(photos: TrainingSet, config: RunConfig, step: int) -> NDArray[np.in
         each = config.batch // config.people_in_batch
         return people_by_photos(photos.labels, config.people_in_batch, each, step, config.seed)
     return shuffled(len(photos), config.batch, step, config.seed)
+
+
+def _means(sums: Mapping[str, float], world: int, device: torch.device) -> dict[str, float]:
+    """Means over the steps, and over the processes, each of which saw its share of every batch."""
+    means = {name: total / sums["steps"] for name, total in sums.items() if name != "steps"}
+    if world > 1:
+        told = torch.tensor(list(means.values()), dtype=torch.float64, device=device)
+        all_reduce(told)
+        means = dict(zip(means, (told / world).tolist(), strict=True))
+    return means
 
 
 def _set_mode(learner: Learner, config: RunConfig) -> None:
