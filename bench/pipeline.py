@@ -60,9 +60,9 @@ class Watched(OnnxModel):
         super().__init__(path, threads)
         self.given: list[dict[str, NDArray[Any]]] = []
 
-    def run(self, inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[np.float32]]:
+    def run(self, inputs: Mapping[str, NDArray[Any]], *, release: bool = False) -> list[NDArray[np.float32]]:
         self.given.append(dict(inputs))
-        return super().run(inputs)
+        return super().run(inputs, release=release)
 
 
 def portrait(name: str, side: int, share: float) -> Pillow.Image:

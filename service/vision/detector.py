@@ -279,8 +279,9 @@ class FaceDetector:
                 values -= mean
             if divisor != 1:
                 values /= divisor
-        with self._large if max(rows, columns) > FREE_SIDE else nullcontext():
-            outputs = self._network.run({self._manifest.input.name: batch})
+        large = max(rows, columns) > FREE_SIDE
+        with self._large if large else nullcontext():
+            outputs = self._network.run({self._manifest.input.name: batch}, release=large)
         maps = [outputs[index][0] for index in self._indices]
         least = min(HINT_THRESHOLD, self._least_score)
         return _decoded(maps, self._manifest.output.stride, border, (width, height), turns, least)

@@ -53,9 +53,14 @@ class OnnxModel:
         """Name and shape of each output, in the order of :meth:`run`'s answer; a free dimension is None."""
         return {value.name: _shape(value) for value in self._session.get_outputs()}
 
-    def run(self, inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[np.float32]]:
-        """Every output of the network, in its own order. The arrays are the caller's to keep."""
-        results: list[NDArray[np.float32]] = self._session.run(None, dict(inputs))
+    def run(self, inputs: Mapping[str, NDArray[Any]], *, release: bool = False) -> list[NDArray[np.float32]]:
+        """Every output of the network, in its own order. The arrays are the caller's to keep.
+
+        ``release``: give what the arena holds and nobody uses back to the system afterwards. For inputs so large and
+        rare that what they needed should not be kept; small runs would pay more for it than it is worth.
+        """
+        options = _releasing() if release else None
+        results: list[NDArray[np.float32]] = self._session.run(None, dict(inputs), options)
         return results
 
 
@@ -63,13 +68,20 @@ class OnnxModel:
 def _share_arena() -> None:
     """Give all networks of the process one arena, which grows by what is missing and not to the next power of two.
 
-    It stays as large as the largest inputs in use at one time need. To give memory back after each run would cost half
-    as much again as the run.
+    It stays as large as the largest inputs in use at one time need, but for those that release it. To give memory back
+    after each run would cost half as much again as the run.
     """
     where = onnxruntime.OrtMemoryInfo(
         "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
     )
     onnxruntime.create_and_register_allocator(where, onnxruntime.OrtArenaCfg({"arena_extend_strategy": 1}))
+
+
+@cache
+def _releasing() -> onnxruntime.RunOptions:
+    options = onnxruntime.RunOptions()
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    return options
 
 
 def _shape(value: Any) -> tuple[int | None, ...]:

@@ -40,10 +40,10 @@ class CountingModel(OnnxModel):
         self.runs = 0
         self.sides: list[int] = []
 
-    def run(self, inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[np.float32]]:
+    def run(self, inputs: Mapping[str, NDArray[Any]], *, release: bool = False) -> list[NDArray[np.float32]]:
         self.runs += 1
         self.sides += [max(array.shape[2:]) for array in inputs.values()]
-        return super().run(inputs)
+        return super().run(inputs, release=release)
 
 
 @pytest.fixture(scope="module")
@@ -283,8 +283,8 @@ class InventedModel(OnnxModel):
         super().__init__(path)
         self.scale, self.offset, self.landmarks = scale, offset, landmarks
 
-    def run(self, inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[np.float32]]:
-        outputs = dict(zip(self.outputs, super().run(inputs), strict=True))
+    def run(self, inputs: Mapping[str, NDArray[Any]], *, release: bool = False) -> list[NDArray[np.float32]]:
+        outputs = dict(zip(self.outputs, super().run(inputs, release=release), strict=True))
         outputs["heatmap"][:] = 0.9
         outputs["scale"][:] = self.scale
         outputs["offset"][:] = self.offset

@@ -118,8 +118,8 @@ class Saying(OnnxModel):
         super().__init__(FOLDER / "model.onnx")
         self._number = number
 
-    def run(self, inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[np.float32]]:
-        return [np.full_like(output, self._number) for output in super().run(inputs)]
+    def run(self, inputs: Mapping[str, NDArray[Any]], *, release: bool = False) -> list[NDArray[np.float32]]:
+        return [np.full_like(output, self._number) for output in super().run(inputs, release=release)]
 
 
 def test_a_network_that_gives_no_numbers_does_not_warm_up() -> None:
