@@ -18,17 +18,15 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
-from numpy.typing import NDArray
 
 from training.backbone import Backbone
 from training.data import Photo, Role, Split, celeba_photos
 from training.metrics import numbered, pairs_among, rates
 from training.prepare import Prepared, load_prepared
 from training.train import FINAL, load_network
-from training.validation import embed
+from training.validation import centroid_accuracy, centroids, embed
 
 ROOT = Path(__file__).resolve().parent.parent
 FPRS = (0.01, 0.001)
@@ -45,31 +43,18 @@ def halves(photos: list[Photo]) -> tuple[list[Photo], list[Photo]]:
     )
 
 
-def unit(network: Backbone, prepared: Prepared, photos: list[Photo], size: int) -> NDArray[np.float32]:
-    """``float32[N, D]``, L2-normalised, of those photos."""
-    place = {row.photo.file: index for index, row in enumerate(prepared.rows)}
-    found: NDArray[np.float32] = F.normalize(embed(network, prepared, [place[p.file] for p in photos], size)).numpy()
-    return found
-
-
-def nearest(
-    embeddings: NDArray[np.float32], people: list[str], known: NDArray[np.float32], known_people: list[str]
-) -> float:
-    """Share of ``embeddings`` whose nearest centroid of ``known`` is their own person's."""
-    names = sorted(set(known_people))
-    centroids = np.stack([known[[name == own for own in known_people]].mean(axis=0) for name in names])
-    centroids /= np.linalg.norm(centroids, axis=1, keepdims=True)
-    return float(
-        np.mean([names[int(i)] == own for i, own in zip((embeddings @ centroids.T).argmax(1), people, strict=True)])
-    )
-
-
 def row(network: Backbone, prepared: Prepared, learned: list[Photo], tested: list[Photo], size: int) -> list[float]:
     """Nearest-centroid accuracy, and TPR at each of ``FPRS``, of the tested photos."""
+    place = {row.photo.file: index for index, row in enumerate(prepared.rows)}
+    own: dict[str, list[int]] = defaultdict(list)
+    for photo in learned:
+        own[photo.identity].append(place[photo.file])
+    taught = embed(network, prepared, [index for indices in own.values() for index in indices], size)
+    means = centroids(torch.split(taught, [len(indices) for indices in own.values()]))
     names = [photo.identity for photo in tested]
-    vectors = unit(network, prepared, tested, size)
-    right = nearest(vectors, names, unit(network, prepared, learned, size), [photo.identity for photo in learned])
-    genuine, impostor = pairs_among(vectors, numbered(names))
+    vectors = embed(network, prepared, [place[photo.file] for photo in tested], size)
+    right = centroid_accuracy(vectors, names, means, list(own))
+    genuine, impostor = pairs_among(F.normalize(vectors).numpy(), numbered(names))
     return [right, *(rate.tpr for rate in rates(genuine.similarity, impostor.similarity, FPRS))]
 
 

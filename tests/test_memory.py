@@ -6,14 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+RESIDENT = """
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+"""
+
 CODE = """
 import sys
 import numpy as np
 from service.app import LARGE_BLOCK, _give_memory_back
-
-def resident():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * 4096
 
 if sys.argv[1] == "asked":
     _give_memory_back()
@@ -37,10 +39,6 @@ from service.app import _give_memory_back
 from service.vision.detector import FaceDetector
 from service.vision.onnx import OnnxModel
 
-def resident():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * 4096
-
 _give_memory_back()
 if sys.argv[1] == "not asked":
     run = OnnxModel.run
@@ -57,7 +55,7 @@ print((resident() - before) // 2**20)
 def left(how: str, code: str = CODE) -> int:
     """How many large blocks' memory is still held when twenty photos of two blocks are gone; or what ``code`` tells."""
     done = subprocess.run(
-        [sys.executable, "-c", code, how],
+        [sys.executable, "-c", RESIDENT + code, how],
         cwd=Path(__file__).resolve().parent.parent,
         capture_output=True,
         text=True,

@@ -16,7 +16,7 @@ from service.errors import FprUnsupported
 from service.evaluation import FPRS as IDENTIFICATION_FPRS
 from service.evaluation import STRANGERS, Plan
 from service.evaluation import table as identification_table
-from service.vision.manifest import ModelError
+from service.vision.manifest import MANIFEST_NAME, ModelError
 from training.calibrate import Origin
 from training.calibrate import calibrate as calibrate_model
 from training.convert import ConversionError, convert_centerface, convert_dlib
@@ -295,7 +295,10 @@ def finetune(
 
 @app.command()
 def test(
-    run: Annotated[Path, typer.Argument(help="Folder of a finished run; test.json is written there.")],
+    run: Annotated[
+        Path,
+        typer.Argument(help="Folder of a finished run, for which test.json is written, or of an exported model."),
+    ],
     crops: Annotated[Path, typer.Option(help="Training crops with the class people.")],
     threads: Threads = None,
 ) -> None:
@@ -303,10 +306,11 @@ def test(
     import torch
 
     from training.train import test as test_run
+    from training.train import test_exported
 
     with _explained():
         torch.set_num_threads(threads or _cores())
-        found = test_run(run, crops).score
+        found = test_exported(run, crops) if (run / MANIFEST_NAME).exists() else test_run(run, crops).score
     accuracy = "no classifier" if found.accuracy is None else f"{found.accuracy:.4f}"
     typer.echo(f"{found.photos} photos: {accuracy}; nearest centroid {found.centroid_accuracy:.4f}")
 

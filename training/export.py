@@ -32,7 +32,7 @@ from training.batches import taught
 from training.data import DataError, Layout, Role
 from training.licenses import RESEARCH_WEIGHTS
 from training.prepare import TRAINING_SIZE, Prepared, load_prepared
-from training.quantise import SEEN, quantise_network
+from training.quantise import SEEN, quantise_network, require_own_folder
 from training.train import ORIGIN, Lesson, RunConfig, load_network
 
 INPUT, OUTPUT = "crops", "embeddings"
@@ -64,8 +64,7 @@ def export(final: Path, out: Path, *, template: Path, crops: Path | None = None,
     Raises :class:`~training.data.DataError` if something is missing, or if the float network does not answer as torch
     does; :class:`~service.vision.manifest.ModelError` if ONNX Runtime cannot load what was written.
     """
-    if out.resolve() == final.resolve():
-        raise DataError(f"{out} is the model itself: the new one needs a folder, and a name, of its own")
+    require_own_folder(out, final)
     network, origin, source, _ = load_network(final)
     config = origin.config
     if int8 and crops is None:

@@ -40,6 +40,12 @@ class Quantised:
     similarity: tuple[float, float]
 
 
+def require_own_folder(out: Path, model: Path) -> None:
+    """Raise :class:`~training.data.DataError` if what goes to ``out`` would replace the ``model`` it is made of."""
+    if out.resolve() == model.resolve():
+        raise DataError(f"{out} is the model itself: the new one needs a folder, and a name, of its own")
+
+
 def quantise(model: Path, out: Path, crops: Path) -> Quantised:
     """Write the folder ``out``, the embedder ``model`` in 8-bit integers. Its name is the new ``model_id``.
 
@@ -50,8 +56,7 @@ def quantise(model: Path, out: Path, crops: Path) -> Quantised:
     Raises :class:`~training.data.DataError` if the crops are another embedder's or too few, or if ``out`` is ``model``;
     :class:`~service.vision.manifest.ModelError` if a model is unsound.
     """
-    if out.resolve() == model.resolve():
-        raise DataError(f"{out} is the model itself: the new one needs a folder, and a name, of its own")
+    require_own_folder(out, model)
     embedder = Embedder.load(model)
     prepared = load_prepared(crops)
     require_crops_of(prepared, embedder)

@@ -41,7 +41,7 @@ from training.distill import DistillConfig, Hints, Targets, Teacher, distance
 from training.losses import LossConfig, TripletConfig, make_objective
 from training.prepare import TRAINING_VIEW, Prepared, load_prepared
 from training.report import CONFIG, METRICS, TEST, Tested
-from training.validation import CENTROID_PHOTOS, embedded, score
+from training.validation import CENTROID_PHOTOS, Score, embedded, score
 
 CHECKPOINT: Final = "checkpoint.pt"
 FINAL: Final = "final.pt"
@@ -363,6 +363,16 @@ def test(run: Path, crops: Path) -> Tested:
     found = Tested(score=score(faces, scores, people), analysis=analyse(faces, scores, people))
     (run / TEST).write_text(found.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return found
+
+
+def test_exported(model: Path, crops: Path) -> Score:
+    """Measure an exported network, in floats, on the official test split. It has no classifier; nothing is written.
+
+    What its run had in ``test.json`` can so be seen again from the weights that ship. Raises
+    :class:`~training.data.DataError` if the folder holds no exported network, or if the photos are missing.
+    """
+    network, origin, *_ = load_network(model)
+    return score(embedded(network, load_prepared(crops), origin.config.size, Split.TEST), None, ())
 
 
 def adopt(learner: Learner, path: Path, *, statistics_kept: bool = False) -> tuple[Lesson, ...]:

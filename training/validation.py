@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,7 +81,7 @@ def embedded(
     network.eval()
     embeddings = embed(network, prepared, [*chosen, *unseen, *(i for own in taken.values() for i in own)], size)
     known, strangers, taught = torch.split(embeddings, [len(chosen), len(unseen), sum(map(len, taken.values()))])
-    parts = torch.split(F.normalize(taught), [len(own) for own in taken.values()])
+    parts = torch.split(taught, [len(own) for own in taken.values()])
     return Embedded(
         split,
         tuple(prepared.rows[i].photo for i in chosen),
@@ -89,8 +89,19 @@ def embedded(
         tuple(prepared.rows[i].photo.identity for i in unseen),
         strangers,
         tuple(taken),
-        F.normalize(torch.stack([part.mean(dim=0) for part in parts])),
+        centroids(parts),
     )
+
+
+def centroids(people: Iterable[Tensor]) -> Tensor:
+    """``float32[P, D]``, the mean direction of each person's embeddings ``float32[N, D]``, of unit length."""
+    return F.normalize(torch.stack([F.normalize(own).mean(dim=0) for own in people]))
+
+
+def centroid_accuracy(embeddings: Tensor, truth: Sequence[str], means: Tensor, names: Sequence[str]) -> float:
+    """Share of ``embeddings``, ``float32[N, D]``, whose nearest of ``means``, by cosine, has the name in ``truth``."""
+    nearest = (F.normalize(embeddings) @ means.T).argmax(dim=1)
+    return float(np.mean([names[int(place)] == name for place, name in zip(nearest, truth, strict=True)]))
 
 
 def score(faces: Embedded, scores: Callable[[Tensor], Tensor] | None, people: Sequence[str]) -> Score:
@@ -101,8 +112,6 @@ def score(faces: Embedded, scores: Callable[[Tensor], Tensor] | None, people: Se
         with torch.no_grad():
             best = scores(faces.known).argmax(dim=1)
         accuracy = float(np.mean([people[int(place)] == name for place, name in zip(best, truth, strict=True)]))
-    nearest = (F.normalize(faces.known) @ faces.centroids.T).argmax(dim=1)
-    right = [faces.names[int(place)] == name for place, name in zip(nearest, truth, strict=True)]
     strangers = F.normalize(faces.strangers).numpy()
     genuine, impostor = pairs_among(strangers, numbered(faces.stranger_names))
     found = rates(genuine.similarity, impostor.similarity, (0.1, 0.01, 0.001))
@@ -110,7 +119,7 @@ def score(faces: Embedded, scores: Callable[[Tensor], Tensor] | None, people: Se
         split=faces.split,
         photos=len(truth),
         accuracy=accuracy,
-        centroid_accuracy=float(np.mean(right)),
+        centroid_accuracy=centroid_accuracy(faces.known, truth, faces.centroids, faces.names),
         tpr={f"{rate.fpr:g}": rate.tpr for rate in found},
     )
 

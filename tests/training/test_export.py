@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from service.vision.embedder import Embedder
 from service.vision.manifest import load_embedder_manifest
@@ -16,10 +17,13 @@ from service.vision.onnx import OnnxModel
 from tests.training.test_train import config, learn
 from training.augment import views
 from training.backbone import Backbone, BackboneConfig, unfolded
-from training.data import DataError, Layout, Role
+from training.cli import app
+from training.data import DataError, Layout, Role, Split
 from training.export import PARITY, export, largest_angle, write_onnx
 from training.prepare import load_prepared
 from training.train import ORIGIN, Lesson, load_final, load_network, read_config, save_final
+from training.train import test as measure
+from training.train import test_exported as measure_exported
 from training.validation import embed
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
@@ -114,6 +118,21 @@ def test_an_exported_folder_stands_for_its_run(learnable, final, tmp_path):
     more = load_final(learn(settings, [learnable], tmp_path / "more", init=folder, progress=False))
     assert more.config == read_config(settings)
     assert more.lessons == load_final(final).lessons
+
+
+def test_an_exported_network_is_tested_as_its_run_was(learnable, tmp_path):
+    final = learn(config(tmp_path, steps=20), [learnable], tmp_path / "run", progress=False)
+    export(final, tmp_path / "resnext-tiny", template=DLIB, crops=learnable)
+    before = measure(tmp_path / "run", learnable).score
+    files = sorted(path.name for path in (tmp_path / "resnext-tiny").iterdir())
+    after = measure_exported(tmp_path / "resnext-tiny", learnable)
+    assert (after.split, after.photos, after.accuracy) == (Split.TEST, 20, None)
+    assert after.centroid_accuracy == pytest.approx(before.centroid_accuracy, abs=0.1)
+    assert after.tpr == pytest.approx(before.tpr, abs=0.1)
+    done = CliRunner().invoke(app, ["test", str(tmp_path / "resnext-tiny"), "--crops", str(learnable)])
+    assert done.exit_code == 0, done.output
+    assert f"no classifier; nearest centroid {after.centroid_accuracy:.4f}" in done.output
+    assert sorted(path.name for path in (tmp_path / "resnext-tiny").iterdir()) == files
 
 
 def test_the_shipped_network_can_be_learned_from():
