@@ -100,8 +100,7 @@ def centroids(people: Iterable[Tensor]) -> Tensor:
 
 def centroid_accuracy(embeddings: Tensor, truth: Sequence[str], means: Tensor, names: Sequence[str]) -> float:
     """Share of ``embeddings``, ``float32[N, D]``, whose nearest of ``means``, by cosine, has the name in ``truth``."""
-    nearest = (F.normalize(embeddings) @ means.T).argmax(dim=1)
-    return float(np.mean([names[int(place)] == name for place, name in zip(nearest, truth, strict=True)]))
+    return _right(F.normalize(embeddings) @ means.T, truth, names)
 
 
 def score(faces: Embedded, scores: Callable[[Tensor], Tensor] | None, people: Sequence[str]) -> Score:
@@ -110,8 +109,7 @@ def score(faces: Embedded, scores: Callable[[Tensor], Tensor] | None, people: Se
     accuracy = None
     if scores is not None:
         with torch.no_grad():
-            best = scores(faces.known).argmax(dim=1)
-        accuracy = float(np.mean([people[int(place)] == name for place, name in zip(best, truth, strict=True)]))
+            accuracy = _right(scores(faces.known), truth, people)
     strangers = F.normalize(faces.strangers).numpy()
     genuine, impostor = pairs_among(strangers, numbered(faces.stranger_names))
     found = rates(genuine.similarity, impostor.similarity, (0.1, 0.01, 0.001))
@@ -138,3 +136,9 @@ def embed(network: Backbone, prepared: Prepared, indices: Sequence[int] | NDArra
             both = network(batch).float() + network(batch.flip(3)).float()
         found.append(both.cpu())
     return torch.cat(found)
+
+
+def _right(surety: Tensor, truth: Sequence[str], names: Sequence[str]) -> float:
+    """Share of the rows of ``float32[N, P]`` whose largest value is that of the name in ``truth``."""
+    best = surety.argmax(dim=1)
+    return float(np.mean([names[int(place)] == name for place, name in zip(best, truth, strict=True)]))

@@ -120,10 +120,9 @@ def test_an_exported_folder_stands_for_its_run(learnable, final, tmp_path):
     assert more.lessons == load_final(final).lessons
 
 
-def test_an_exported_network_is_tested_as_its_run_was(learnable, tmp_path):
-    final = learn(config(tmp_path, steps=20), [learnable], tmp_path / "run", progress=False)
+def test_an_exported_network_is_tested_as_its_run_was(learnable, final, tmp_path):
     export(final, tmp_path / "resnext-tiny", template=DLIB, crops=learnable)
-    before = measure(tmp_path / "run", learnable).score
+    before = measure(final.parent, learnable).score
     files = sorted(path.name for path in (tmp_path / "resnext-tiny").iterdir())
     after = measure_exported(tmp_path / "resnext-tiny", learnable)
     assert (after.split, after.photos, after.accuracy) == (Split.TEST, 20, None)
