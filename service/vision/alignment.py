@@ -129,14 +129,14 @@ def align(
     return warp(image, transform(landmarks, template), size)
 
 
-def warp(image: Image, transform: Transform, size: int) -> Crop:
+def warp(image: Image, transform: Transform, size: int, *, shrink_below: float = SHRINK_BELOW) -> Crop:
     """``uint8[size, size, 3]``: ``image`` under a similarity transform to crop coordinates.
 
     Bilinear interpolation looks at four pixels only. Where the face is much larger than in the crop, the
     pixels between would be skipped and noise and fine edges would alias; the region is then shrunk by area
-    averaging first.
+    averaging first, below the scale ``shrink_below``.
     """
-    image, transform = _region(image, transform, size)
+    image, transform = _region(image, transform, size, shrink_below)
     crop = cv2.warpAffine(
         image, transform, (size, size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=0
     )
@@ -232,7 +232,7 @@ def _resized(image: Image, factor: float) -> tuple[Image, tuple[float, float]]:
     return np.asarray(small, dtype=np.uint8), (size[0] / width, size[1] / height)
 
 
-def _region(image: Image, transform: Transform, size: int) -> tuple[Image, Transform]:
+def _region(image: Image, transform: Transform, size: int, shrink_below: float) -> tuple[Image, Transform]:
     """The part of the photo that the crop needs, shrunk if it must be, and the transform from there.
 
     OpenCV warps nothing from pictures with a side over 32767 pixels; a part of a panorama is smaller.
@@ -243,7 +243,7 @@ def _region(image: Image, transform: Transform, size: int) -> tuple[Image, Trans
         return np.zeros((1, 1, 3), dtype=np.uint8), transform
     part, x_scale, y_scale = image[top:bottom, left:right], 1.0, 1.0
     scale = math.hypot(transform[0, 0], transform[1, 0])
-    if scale < SHRINK_BELOW:
+    if scale < shrink_below:
         part, (x_scale, y_scale) = _resized(part, scale / WARP_SCALE)
     # A pixel (i, j) of the part is the point ((i + 0.5) / x_scale − 0.5 + left, ...) of the photo.
     x, y = 0.5 / x_scale - 0.5 + left, 0.5 / y_scale - 0.5 + top

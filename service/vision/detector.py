@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.domain import Box, Face, Image
-from service.vision.alignment import TEMPLATE_112
+from service.vision.alignment import TEMPLATE_112, eye_line_transform, warp
 from service.vision.manifest import DetectorManifest, ModelError, load_detector_manifest
 from service.vision.onnx import OnnxModel
 from service.vision.quality import assess
@@ -38,8 +38,28 @@ CONTAINMENT = 0.7
 """Share of the smaller box inside the larger one above which they are the same face."""
 
 WORKING_SIDE = 480
-"""Longest side of what the network sees first, pixels. Faces of 5 to 50 % of the photo are then between
-:data:`SMALL_FACE` and :data:`LARGE_FACE` wide, and one run of 20 to 35 ms on a core is enough."""
+"""Longest side of what the network sees first, pixels, at most."""
+
+WORKING_SCALE = 0.5
+LEAST_SIDE = 120
+"""What the network sees first is also at most half as long as the photo, but for photos below twice :data:`LEAST_SIDE`.
+That is enough to find every face that may be enrolled; its landmarks come from the look at the face alone."""
+
+CLOSE_SIDE = 96
+"""Side of what the network sees of a face alone, pixels."""
+
+CLOSE_SCALE = 0.82
+"""Scale of the face there, as a part of that in the 112×112 crop: its box is about 58 px wide, its eyes 29 px apart."""
+
+CLOSE_SHRINK = 0.5
+"""Scale of that look below which the photo is shrunk by area averaging; above, four pixels are enough for landmarks."""
+
+CLOSE_SHIFT = 14.0
+"""Pixels of that look by which landmarks may move on average, half the distance between the eyes; beyond, it has seen
+something else. Of CelebA's faces one in a hundred moves by 5."""
+
+CLOSE_BATCH = 16
+"""Faces alone that are looked at in one run, at most."""
 
 COARSE_SIDE = 160
 """Longest side of the second look at a photo that a face may fill or overfill."""
@@ -67,11 +87,13 @@ FINE_FACE = 64.0
 COARSE_FACE = 128.0
 """The coarser look at a large face makes it this wide, pixels."""
 
+TINY_FACE = 16.0
 SMALL_FACE = 24.0
 LARGE_FACE = 250.0
-"""Widths in pixels of what the network sees between which its landmarks are good. Error in units of the
+"""Widths in pixels of what the network sees: below the first the photo is looked at again at a finer scale, below the
+second if there is no more than a hint, and beyond the third at a coarser one. Error of the landmarks in units of the
 distance between the eyes, 80 CelebA faces resized: 0.15 at 14 px, 0.09 at 20, 0.05 at 29 to 58, 0.035 at 88
-to 176, 0.05 at 263, 0.07 at 351, 0.13 at 527. A face outside is looked at again at a better scale."""
+to 176, 0.05 at 263, 0.07 at 351, 0.13 at 527."""
 
 CONFIDENT_SCORE = 0.6
 """Score of a face that settles by itself that a photo is upright, if its landmarks agree."""
@@ -94,6 +116,9 @@ MAX_ASPECT = 1.1
 _TEMPLATE = (TEMPLATE_112.astype(np.float64) @ np.array([1, 1j]))[:, None]
 _TEMPLATE -= _TEMPLATE.mean()
 """``complex128[5, 1]``, the template's points around their middle."""
+
+_CLOSE_TEMPLATE = ((TEMPLATE_112 - [56.0, 68.0]) * CLOSE_SCALE + (CLOSE_SIDE - 1) / 2).astype(np.float32)
+"""``float32[5, 2]``, where the landmarks lie in the look at a face alone, the middle of whose box is in the middle."""
 
 _ORIENTATIONS = (0, 1, 3, 2)
 """Quarter turns in the order in which they are tried: a camera is held sideways more often than upside down."""
@@ -187,7 +212,9 @@ class FaceDetector:
         centre at (0, 0). All are finite, boxes have an area, reach at most half a side beyond the photo and
         have their middle in it; landmarks are at most half a side of the box outside the box.
 
-        One look at :data:`WORKING_SIDE` is all that most photos need. Further looks are taken:
+        Most photos need one look at the whole, at :data:`WORKING_SIDE` or half their size, and one at each face alone,
+        upright and at a fixed size: the landmarks are those of the latter, so that they are as good in every photo.
+        Where it does not show the face again, they are those of the former. Further looks are taken:
 
         - coarse, when no face in it is certainly upright: one may fill the photo;
         - the three other orientations, when still none is, or when a face lies on its side or upside down. Where the
@@ -196,7 +223,7 @@ class FaceDetector:
           so that the landmarks tell an orientation and the score does not. The first orientation in which a
           face is certainly upright and none is turned is kept. If there is none, certain faces of every
           orientation are, and the others of the photo as it is if their scores outweigh;
-        - finer or coarser, when a face is too small or too large for good landmarks.
+        - finer or coarser, when a face is too small or too large to be seen well.
 
         Raises ValueError if ``image`` is not of that shape and type.
         """
@@ -207,8 +234,9 @@ class FaceDetector:
         found = self._refined(photo, found, turns)
         # A face that is upright in no orientation is no face.
         faces = found.where(found.upright & (found.scores >= self._least_score))
-        order = np.argsort(-_areas(faces.boxes), kind="stable")
-        return [_face(image, faces, int(index)) for index in order]
+        faces = faces.where(np.argsort(-_areas(faces.boxes), kind="stable"))
+        faces = self._looked_at_alone(image, faces)
+        return [_face(image, faces, index) for index in range(len(faces))]
 
     def _oriented(self, photo: _Photo) -> tuple[_Found, int]:
         """Faces and hints of the best orientation, and which one it is in quarter turns."""
@@ -217,7 +245,7 @@ class FaceDetector:
             if turns and self._hopeless(photo, looks[0], turns):
                 looks[turns] = looks[0].where(np.array([], dtype=np.intp))
                 continue
-            look = self._look(photo, WORKING_SIDE, turns)
+            look = self._look(photo, _first_side(photo), turns)
             # People may be turned differently: a face that was upright before must not be given up.
             undisputed = not any(earlier.confident.any() for earlier in looks.values())
             if undisputed and _settled(look, CONFIDENT_SCORE if turns == 0 else SURE_SCORE):
@@ -250,12 +278,12 @@ class FaceDetector:
         if found.widths[found.scores >= SCORE_THRESHOLD].max(initial=0.0) > LARGE_FACE:
             side = longest * COARSE_FACE / _widths(found.faces()).max()
             looks.append(self._look(photo, side, turns, COARSE_BORDER))
-        widths = found.widths[found.upright]
-        if not len(widths) or widths.min() < SMALL_FACE:
-            upright = found.where(found.upright)
+        upright = found.where(found.upright)
+        small = upright.widths < np.where(upright.scores >= SCORE_THRESHOLD, TINY_FACE, SMALL_FACE)
+        if not len(upright) or small.any():
             wanted = longest * FINE_FACE / _widths(upright).min() if len(upright) else FINE_SIDE
             side = min(FINE_SIDE, longest, wanted)
-            if side > WORKING_SIDE:
+            if side > _first_side(photo):
                 looks.append(self._look(photo, side, turns))
         return looks[0] if len(looks) == 1 else _merged(looks)
 
@@ -267,24 +295,58 @@ class FaceDetector:
         found = self._run(np.ascontiguousarray(np.rot90(photo.shrunk(seen), turns)), border, turns)
         return _to_photo(found, seen, (width, height))
 
+    def _looked_at_alone(self, image: Image, faces: _Found) -> _Found:
+        """``faces`` with the landmarks that the network gives them when each is shown alone and upright."""
+        landmarks = faces.landmarks.copy()
+        for start in range(0, len(faces), CLOSE_BATCH):
+            some = slice(start, start + CLOSE_BATCH)
+            # Landmarks of the network count from the corner of the first pixel.
+            landmarks[some] = self._closer(image, landmarks[some] - 0.5, faces.boxes[some]) + 0.5
+        return replace(faces, landmarks=landmarks)
+
+    def _closer(self, image: Image, landmarks: Floats, boxes: Floats) -> Floats:
+        """Better landmarks ``[N, 5, 2]`` of faces whose landmarks and boxes ``[N, 4]`` are about these."""
+        transforms = np.array([eye_line_transform(points, _CLOSE_TEMPLATE) for points in landmarks])
+        batch = np.empty((len(landmarks), 3, CLOSE_SIDE, CLOSE_SIDE), dtype=np.float32)
+        for planes, transform in zip(batch, transforms, strict=True):
+            self._fill(planes, warp(image, transform, CLOSE_SIDE, shrink_below=CLOSE_SHRINK))
+        found, scores = _in_the_middle(self._maps(batch), self._manifest.output.stride)
+        # By complex numbers: what is a point of the photo is turn · point + shift in the look.
+        turn, shift = (transforms[:, :, (0, 2)].transpose(2, 0, 1) @ [1, 1j])[:, :, None]
+        moved = np.abs(found - (turn * (landmarks @ [1, 1j]) + shift)).mean(axis=1)
+        points = (found - shift) / turn
+        better = np.stack([points.real, points.imag], axis=2)
+        middles, sides = (boxes[:, None, :2] + boxes[:, None, 2:]) / 2, boxes[:, None, 2:] - boxes[:, None, :2]
+        seen = (
+            (scores >= HINT_THRESHOLD) & (moved <= CLOSE_SHIFT) & (np.abs(better - middles) <= sides).all(axis=(1, 2))
+        )
+        return np.where(seen[:, None, None], better, landmarks)
+
     def _run(self, image: Image, border: int, turns: int) -> _Found:
         """Faces and hints in ``image`` as it is, in its own pixels."""
         height, width = image.shape[:2]
         rows, columns = (_padded(side + 2 * border, self._manifest.input.multiple) for side in (height, width))
         batch = np.zeros((1, 3, rows, columns), dtype=np.float32)
-        inside = batch[0, :, border : border + height, border : border + width]
-        for plane, values, mean, divisor in zip(cv2.split(image), inside, self._mean, self._divisor, strict=True):
+        self._fill(batch[0, :, border : border + height, border : border + width], image)
+        large = max(rows, columns) > FREE_SIDE
+        with self._large if large else nullcontext():
+            maps = [values[0] for values in self._maps(batch, release=large)]
+        least = min(HINT_THRESHOLD, self._least_score)
+        return _decoded(maps, self._manifest.output.stride, border, (width, height), turns, least)
+
+    def _fill(self, planes: NDArray[np.float32], image: Image) -> None:
+        """Write ``image`` into ``float32[3, H, W]`` as the network wants it."""
+        for plane, values, mean, divisor in zip(cv2.split(image), planes, self._mean, self._divisor, strict=True):
             values[...] = plane
             if mean:
                 values -= mean
             if divisor != 1:
                 values /= divisor
-        large = max(rows, columns) > FREE_SIDE
-        with self._large if large else nullcontext():
-            outputs = self._network.run({self._manifest.input.name: batch}, release=large)
-        maps = [outputs[index][0] for index in self._indices]
-        least = min(HINT_THRESHOLD, self._least_score)
-        return _decoded(maps, self._manifest.output.stride, border, (width, height), turns, least)
+
+    def _maps(self, batch: NDArray[np.float32], *, release: bool = False) -> list[NDArray[np.float32]]:
+        """Heatmap, scale, offset and landmark maps ``[N, C, h, w]`` of ``float32[N, 3, H, W]``."""
+        outputs = self._network.run({self._manifest.input.name: batch}, release=release)
+        return [outputs[index] for index in self._indices]
 
 
 class _Photo:
@@ -317,6 +379,11 @@ class _Photo:
         if height % 2 or width % 2 or width < 4 * size[0] or height < 4 * size[1]:
             return None
         return width // 2, height // 2
+
+
+def _first_side(photo: _Photo) -> float:
+    """Longest side of the first look at a photo, pixels."""
+    return min(WORKING_SIDE, max(LEAST_SIDE, WORKING_SCALE * max(photo.size)))
 
 
 def _area(image: Image, size: tuple[int, int]) -> Image:
@@ -368,6 +435,28 @@ def _decoded(
         turns=np.full(len(scores), turns),
     )
     return _without_overlaps(found if plausible.all() else found.where(plausible))
+
+
+def _in_the_middle(maps: Sequence[NDArray[np.float32]], stride: int) -> tuple[NDArray[np.complex128], Floats]:
+    """Landmarks ``complex128[N, 5]`` and scores ``[N]`` of the surest face in the middle of each of N looks.
+
+    ``maps``: ``[N, C, h, w]`` each, see :class:`~service.vision.manifest.PointMaps`. Pixels count from the centre of
+    the first one. The score of numbers that make no face is 0.
+    """
+    heat = maps[0][:, 0]
+    rows, columns = heat.shape[1:]
+    middle = heat[:, rows // 4 : rows - rows // 4, columns // 4 : columns - columns // 4]
+    row, column = np.divmod(middle.reshape(len(heat), -1).argmax(axis=1), middle.shape[2])
+    places = np.stack([row + rows // 4, column + columns // 4], axis=1)
+    which = np.arange(len(heat))
+    values = np.concatenate([one[which, :, places[:, 0], places[:, 1]] for one in maps], axis=1).astype(np.float64)
+    finite = np.isfinite(values).all(axis=1)
+    values[~finite] = 0
+    scale, offset, points = values[:, 1:3], values[:, 3:5], values[:, 5:].reshape(-1, 5, 2)
+    sides = np.exp(np.clip(scale, -20, 20)) * stride
+    corner = (places + offset + 0.5) * stride - sides / 2
+    points = corner[:, None] + np.clip(points, -0.5, 1.5) * sides[:, None]
+    return points @ [1j, 1] - (0.5 + 0.5j), np.where(finite, values[:, 0], 0.0)
 
 
 def _posture(sides: Floats, landmarks: Floats, scores: Floats) -> tuple[Bools, Bools]:
