@@ -223,7 +223,7 @@ class FaceDetector:
           so that the landmarks tell an orientation and the score does not. The first orientation in which a
           face is certainly upright and none is turned is kept. If there is none, certain faces of every
           orientation are, and the others of the photo as it is if their scores outweigh;
-        - finer or coarser, when a face is too small or too large to be seen well.
+        - finer or coarser, when a face is too small or too large to be seen well, or none is certain.
 
         Raises ValueError if ``image`` is not of that shape and type.
         """
@@ -279,10 +279,11 @@ class FaceDetector:
             side = longest * COARSE_FACE / _widths(found.faces()).max()
             looks.append(self._look(photo, side, turns, COARSE_BORDER))
         upright = found.where(found.upright)
-        small = upright.widths < np.where(upright.scores >= SCORE_THRESHOLD, TINY_FACE, SMALL_FACE)
-        if not len(upright) or small.any():
+        sure = upright.scores >= SCORE_THRESHOLD
+        small = upright.widths < np.where(sure, TINY_FACE, SMALL_FACE)
+        if small.any() or not sure.any():
             wanted = longest * FINE_FACE / _widths(upright).min() if len(upright) else FINE_SIDE
-            side = min(FINE_SIDE, longest, wanted)
+            side = min(FINE_SIDE, longest, wanted if sure.any() else max(wanted, WORKING_SIDE))
             if side > _first_side(photo):
                 looks.append(self._look(photo, side, turns))
         return looks[0] if len(looks) == 1 else _merged(looks)
