@@ -152,7 +152,8 @@ def profile(name: str, photo: bytes, model: Path, detector: Path, threads: int, 
     }
     taken = dict(zip(stages, timed(*stages.values(), repeats=repeats), strict=True))
     batcher.close()
-    sizes = ", ".join("×".join(map(str, next(iter(inputs.values())).shape[2:])) for inputs in looks)
+    shapes = [next(iter(inputs.values())).shape for inputs in looks]
+    sizes = ", ".join(f"{count} of {rows}×{columns}" for count, _, rows, columns in shapes)
     batch = len(next(iter(embeddings[0].values())))
     print(f"\n{name}: {len(faces)} faces, {embedder.model_id}, {threads} threads")
     print(

@@ -186,6 +186,15 @@ def test_people_who_are_turned_differently(detector: FaceDetector, photos: dict[
         assert abs((faces[1].quality.roll - expected + 180) % 360 - 180) < 15
 
 
+def test_a_dark_face_that_half_the_size_leaves_in_doubt(detector: FaceDetector, photos: dict[str, Image]) -> None:
+    image = photos["obama.jpg"]
+    image = resized(image, 56 / detector.detect(image)[0].box.width)
+    (face,) = detector.detect(image)
+    (dark,) = detector.detect((cv2.GaussianBlur(image, (0, 0), 1) * 0.03).astype(np.uint8))
+    assert dark.detection_score > 0.7
+    assert overlap(dark, (face.box.x, face.box.y, face.box.x + face.box.width, face.box.y + face.box.height)) > 0.6
+
+
 @pytest.mark.parametrize("width", [32, 64, 100, 160, 240])
 def test_landmarks_are_as_good_in_every_size_of_photo(
     detector: FaceDetector, photos: dict[str, Image], width: int
