@@ -186,6 +186,17 @@ def test_people_who_are_turned_differently(detector: FaceDetector, photos: dict[
         assert abs((faces[1].quality.roll - expected + 180) % 360 - 180) < 15
 
 
+def test_mirrored_photos_have_mirrored_landmarks(detector: FaceDetector, photos: dict[str, Image]) -> None:
+    shifts = []
+    for image in photos.values():
+        (face,), (mirrored,) = detector.detect(image), detector.detect(np.ascontiguousarray(image[:, ::-1]))
+        back = mirrored.landmarks[[1, 0, 2, 4, 3]] * (-1, 1) + (image.shape[1] - 1, 0)
+        eyes = np.linalg.norm(face.landmarks[1] - face.landmarks[0])
+        shifts.append((back - face.landmarks).mean(axis=0) / eyes)
+    # Half a pixel in the look at the face alone would add 0.03.
+    assert np.abs(np.mean(shifts, axis=0)).max() < 0.04
+
+
 def test_a_dark_face_that_half_the_size_leaves_in_doubt(detector: FaceDetector, photos: dict[str, Image]) -> None:
     image = photos["obama.jpg"]
     image = resized(image, 56 / detector.detect(image)[0].box.width)
