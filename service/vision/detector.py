@@ -466,8 +466,8 @@ def _posture(sides: Floats, landmarks: Floats, scores: Floats) -> tuple[Bools, B
     ``sides``: ``[2, N]``, ``landmarks``: ``[5, 2, N]``, both (y, x); ``scores``: ``[N]``.
 
     The landmarks are compared with the 112×112 template by the similarity transform that fits best, whose
-    angle and residual tell. Of 300 CelebA photos, rotated by 90, 180 and 270 degrees, none of the 900 faces
-    found is confident; of the same photos as they are, 298.
+    angle and residual tell. Of 300 CelebA photos at half their size, rotated by 90, 180 and 270 degrees, 2 of the
+    652 faces found are confident; of the same photos as they are, all 300.
     """
     points = landmarks[:, 1] + 1j * landmarks[:, 0]
     points -= points.sum(axis=0) / 5
