@@ -37,6 +37,8 @@ from tests.support import Server
 SCRIPT = Path(__file__).with_name("identify.lua")
 CALLERS = (2, 4, 8)
 BOUNDARY = "vultus-bench-7d1f"
+IDLE = 3.0
+"""Seconds after which a connection is not used again."""
 
 
 @dataclass(frozen=True)
@@ -96,13 +98,16 @@ def requests_of(photos: Sequence[bytes]) -> list[bytes]:
 
 async def at_rate(port: int, requests: Sequence[bytes], rate: float, seconds: float) -> list[Answer]:
     """Send ``rate`` requests a second at even distances, each on a connection of its own that is free by then."""
-    free: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+    free: list[tuple[float, asyncio.StreamReader, asyncio.StreamWriter]] = []
     answers: list[Answer] = []
     start = time.perf_counter() + 0.05
 
     async def ask(number: int) -> None:
         due = number / rate
-        reader, writer = free.pop() if free else await asyncio.open_connection("127.0.0.1", port)
+        # The service closes connections that were idle for five seconds; those that are used are the last of the list.
+        while free and time.perf_counter() - free[0][0] > IDLE:
+            free.pop(0)[2].close()
+        _, reader, writer = free.pop() if free else (0.0, *await asyncio.open_connection("127.0.0.1", port))
         writer.write(requests[number % len(requests)])
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
         fields = dict(line.split(": ", 1) for line in head.split("\r\n")[1:] if line)
@@ -112,13 +117,13 @@ async def at_rate(port: int, requests: Sequence[bytes], rate: float, seconds: fl
         if fields.get("connection") == "close":
             writer.close()
         else:
-            free.append((reader, writer))
+            free.append((time.perf_counter(), reader, writer))
 
     async with asyncio.TaskGroup() as group:
         for number in range(int(rate * seconds)):
             await asyncio.sleep(max(0.0, start + number / rate - time.perf_counter()))
             group.create_task(ask(number))
-    for _, writer in free:
+    for *_, writer in free:
         writer.close()
     return answers
 
