@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.domain import Box, Face, Image
-from service.vision.alignment import TEMPLATE_112, eye_line_transform, warp
+from service.vision.alignment import TEMPLATE_112, Transform, eye_line_transform, warp
 from service.vision.manifest import DetectorManifest, ModelError, load_detector_manifest
 from service.vision.onnx import OnnxModel
 from service.vision.quality import assess
@@ -233,9 +233,9 @@ class FaceDetector:
         found, turns = self._oriented(photo)
         found = self._refined(photo, found, turns)
         # A face that is upright in no orientation is no face.
-        faces = found.where(found.upright & (found.scores >= self._least_score))
-        faces = faces.where(np.argsort(-_areas(faces.boxes), kind="stable"))
-        faces = self._looked_at_alone(image, faces)
+        kept = np.flatnonzero(found.upright & (found.scores >= self._least_score))
+        largest_first = np.argsort(-_areas(found.boxes[kept]), kind="stable")
+        faces = self._looked_at_alone(image, found.where(kept[largest_first]))
         return [_face(image, faces, index) for index in range(len(faces))]
 
     def _oriented(self, photo: _Photo) -> tuple[_Found, int]:
@@ -278,11 +278,9 @@ class FaceDetector:
         if found.widths[found.scores >= SCORE_THRESHOLD].max(initial=0.0) > LARGE_FACE:
             side = longest * COARSE_FACE / _widths(found.faces()).max()
             looks.append(self._look(photo, side, turns, COARSE_BORDER))
-        upright = found.where(found.upright)
-        sure = upright.scores >= SCORE_THRESHOLD
-        small = upright.widths < np.where(sure, TINY_FACE, SMALL_FACE)
-        if small.any() or not sure.any():
-            wanted = longest * FINE_FACE / _widths(upright).min() if len(upright) else FINE_SIDE
+        widths, sure = found.widths[found.upright], found.scores[found.upright] >= SCORE_THRESHOLD
+        if (widths < np.where(sure, TINY_FACE, SMALL_FACE)).any() or not sure.any():
+            wanted = longest * FINE_FACE / _widths(found)[found.upright].min() if len(widths) else FINE_SIDE
             side = min(FINE_SIDE, longest, wanted if sure.any() else max(wanted, WORKING_SIDE))
             if side > _first_side(photo):
                 looks.append(self._look(photo, side, turns))
@@ -307,21 +305,13 @@ class FaceDetector:
 
     def _closer(self, image: Image, landmarks: Floats, boxes: Floats) -> Floats:
         """Better landmarks ``[N, 5, 2]`` of faces whose landmarks and boxes ``[N, 4]`` are about these."""
-        transforms = np.array([eye_line_transform(points, _CLOSE_TEMPLATE) for points in landmarks])
+        transforms = [eye_line_transform(points, _CLOSE_TEMPLATE) for points in landmarks]
         batch = np.empty((len(landmarks), 3, CLOSE_SIDE, CLOSE_SIDE), dtype=np.float32)
         for planes, transform in zip(batch, transforms, strict=True):
             self._fill(planes, warp(image, transform, CLOSE_SIDE, shrink_below=CLOSE_SHRINK))
-        found, scores = _in_the_middle(self._maps(batch), self._manifest.output.stride)
-        # By complex numbers: what is a point of the photo is turn · point + shift in the look.
-        turn, shift = (transforms[:, :, (0, 2)].transpose(2, 0, 1) @ [1, 1j])[:, :, None]
-        moved = np.abs(found - (turn * (landmarks @ [1, 1j]) + shift)).mean(axis=1)
-        points = (found - shift) / turn
-        better = np.stack([points.real, points.imag], axis=2)
-        middles, sides = (boxes[:, None, :2] + boxes[:, None, 2:]) / 2, boxes[:, None, 2:] - boxes[:, None, :2]
-        seen = (
-            (scores >= HINT_THRESHOLD) & (moved <= CLOSE_SHIFT) & (np.abs(better - middles) <= sides).all(axis=(1, 2))
-        )
-        return np.where(seen[:, None, None], better, landmarks)
+        stride = self._manifest.output.stride
+        looks = zip(zip(*self._maps(batch), strict=True), transforms, landmarks, boxes, strict=True)
+        return np.array([_seen_alone(maps, stride, *face) for maps, *face in looks])
 
     def _run(self, image: Image, border: int, turns: int) -> _Found:
         """Faces and hints in ``image`` as it is, in its own pixels."""
@@ -405,8 +395,9 @@ def _decoded(
     What each map holds stands in :class:`~service.vision.manifest.PointMaps`. Whatever is not a face by its
     geometry (not finite, without area, larger than the photo by far, its middle outside) is left out.
     """
-    places = np.stack(np.nonzero(maps[0][0] >= least))
-    values = np.concatenate([one[:, places[0], places[1]] for one in maps]).astype(np.float64)
+    cells = np.flatnonzero(maps[0][0] >= least)
+    places = np.stack(np.divmod(cells, maps[0].shape[2]))
+    values = np.concatenate([one.reshape(len(one), -1)[:, cells] for one in maps]).astype(np.float64)
     finite = np.isfinite(values).all(axis=0)
     if not finite.all():
         places, values = places[:, finite], values[:, finite]
@@ -438,26 +429,37 @@ def _decoded(
     return _without_overlaps(found if plausible.all() else found.where(plausible))
 
 
-def _in_the_middle(maps: Sequence[NDArray[np.float32]], stride: int) -> tuple[NDArray[np.complex128], Floats]:
-    """Landmarks ``complex128[N, 5]`` and scores ``[N]`` of the surest face in the middle of each of N looks.
+def _seen_alone(
+    maps: Sequence[NDArray[np.float32]], stride: int, transform: Transform, landmarks: Floats, box: Floats
+) -> Floats:
+    """Landmarks ``[5, 2]`` of the surest face in the middle of a look at it alone, pixels of the photo.
 
-    ``maps``: ``[N, C, h, w]`` each, see :class:`~service.vision.manifest.PointMaps`. Pixels count from the centre of
-    the first one. The score of numbers that make no face is 0.
+    ``maps``: ``[C, h, w]`` each, see :class:`~service.vision.manifest.PointMaps`. ``transform``: photo to look. If the
+    look does not show the face that has about these ``landmarks`` and this ``box``, they stay as they are.
     """
-    heat = maps[0][:, 0]
-    rows, columns = heat.shape[1:]
-    middle = heat[:, rows // 4 : rows - rows // 4, columns // 4 : columns - columns // 4]
-    row, column = np.divmod(middle.reshape(len(heat), -1).argmax(axis=1), middle.shape[2])
-    places = np.stack([row + rows // 4, column + columns // 4], axis=1)
-    which = np.arange(len(heat))
-    values = np.concatenate([one[which, :, places[:, 0], places[:, 1]] for one in maps], axis=1).astype(np.float64)
-    finite = np.isfinite(values).all(axis=1)
-    values[~finite] = 0
-    scale, offset, points = values[:, 1:3], values[:, 3:5], values[:, 5:].reshape(-1, 5, 2)
-    sides = np.exp(np.clip(scale, -20, 20)) * stride
-    corner = (places + offset + 0.5) * stride - sides / 2
-    points = corner[:, None] + np.clip(points, -0.5, 1.5) * sides[:, None]
-    return points @ [1j, 1] - (0.5 + 0.5j), np.where(finite, values[:, 0], 0.0)
+    heat = maps[0][0]
+    above, beside = heat.shape[0] // 4, heat.shape[1] // 4
+    middle = heat[above:-above, beside:-beside]
+    row, column = divmod(int(middle.argmax()), middle.shape[1])
+    row, column = row + above, column + beside
+    # Five points are too few for arrays to pay.
+    values: list[float] = [value for one in maps for value in one[:, row, column].tolist()]
+    if not (values[0] >= HINT_THRESHOLD and all(map(math.isfinite, values))):
+        return landmarks
+    height, width = (math.exp(min(max(value, -20.0), 20.0)) * stride for value in values[1:3])
+    top, left = (row + values[3] + 0.5) * stride - height / 2, (column + values[4] + 0.5) * stride - width / 2
+    ys, xs = ([min(max(value, -0.5), 1.5) for value in values[first::2]] for first in (5, 6))
+    # Pixels of the look count from the centre of the first one.
+    seen = [complex(left + x * width - 0.5, top + y * height - 0.5) for x, y in zip(xs, ys, strict=True)]
+    # A point of the photo is turn · point + shift in the look.
+    turn, shift = complex(transform[0, 0], transform[1, 0]), complex(transform[0, 2], transform[1, 2])
+    before = [turn * complex(x, y) + shift for x, y in landmarks.tolist()]
+    moved = sum(abs(one - other) for one, other in zip(seen, before, strict=True)) / len(seen)
+    points = [(point - shift) / turn for point in seen]
+    left, top, right, bottom = box.tolist()
+    x, y, width, height = (left + right) / 2, (top + bottom) / 2, right - left, bottom - top
+    near = all(abs(point.real - x) <= width and abs(point.imag - y) <= height for point in points)
+    return np.array([(point.real, point.imag) for point in points]) if moved <= CLOSE_SHIFT and near else landmarks
 
 
 def _posture(sides: Floats, landmarks: Floats, scores: Floats) -> tuple[Bools, Bools]:
@@ -490,13 +492,15 @@ def _to_photo(found: _Found, seen: tuple[int, int], size: tuple[int, int]) -> _F
     ratio = np.array(size, dtype=np.float64) / seen
 
     def back(points: Floats) -> Floats:
+        if turns == 0:
+            return points * ratio
         x, y = points[..., 0], points[..., 1]
         width, height = seen
         if turns == 1:
             x, y = width - y, x
         elif turns == 2:
             x, y = width - x, height - y
-        elif turns == 3:
+        else:
             x, y = y, height - x
         return np.stack([x, y], axis=-1) * ratio
 
@@ -539,7 +543,8 @@ def _without_overlaps(found: _Found) -> _Found:
         kept.append(best)
         low = np.maximum(boxes[best, :2], boxes[remaining, :2])
         high = np.minimum(boxes[best, 2:], boxes[remaining, 2:])
-        shared = np.prod(np.maximum(high - low, 0.0), axis=1)
+        both = np.maximum(high - low, 0.0)
+        shared = both[:, 0] * both[:, 1]
         union = areas[best] + areas[remaining] - shared
         smaller = np.minimum(areas[best], areas[remaining])
         remaining = remaining[(shared <= OVERLAP * union) & (shared <= CONTAINMENT * smaller)]
