@@ -180,7 +180,18 @@ def test_killed_and_run_again_nothing_is_twice_and_nothing_missing(tmp_path: Pat
         {f"person {one}/{photo}.jpg": faces(20 * one + 2 * photo + one % 2) for one in range(30) for photo in range(4)},
     )
     with Server(tmp_path / "data") as server:
-        command = [sys.executable, "-m", "service.cli", "enroll", str(folder), "--url", server.url, "--allow-conflict"]
+        command = [
+            sys.executable,
+            "-m",
+            "service.cli",
+            "enroll",
+            str(folder),
+            "--url",
+            server.url,
+            "--allow-conflict",
+            "--jobs",
+            "1",
+        ]
         for end in (signal.SIGKILL, signal.SIGINT):
             before = on_disk(server)
             process = subprocess.Popen(
