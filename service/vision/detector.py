@@ -43,7 +43,8 @@ WORKING_SIDE = 480
 WORKING_SCALE = 0.5
 LEAST_SIDE = 120
 """What the network sees first is also at most half as long as the photo, but for photos below twice :data:`LEAST_SIDE`.
-That is enough to find every face that may be enrolled; its landmarks come from the look at the face alone."""
+In photos up to twice :data:`WORKING_SIDE` a face that may be enrolled is then at least :data:`TINY_FACE` wide; its
+landmarks come from the look at the face alone."""
 
 CLOSE_SIDE = 96
 """Side of what the network sees of a face alone, pixels."""
