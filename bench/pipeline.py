@@ -54,15 +54,21 @@ LIMIT = 10**9
 
 
 class Watched(OnnxModel):
-    """A network that keeps what it was given."""
+    """A network that keeps what it is given, until it is asked for it."""
 
     def __init__(self, path: Path, threads: int) -> None:
         super().__init__(path, threads)
-        self.given: list[dict[str, NDArray[Any]]] = []
+        self._given: list[dict[str, NDArray[Any]]] | None = []
 
     def run(self, inputs: Mapping[str, NDArray[Any]], *, release: bool = False) -> list[NDArray[np.float32]]:
-        self.given.append(dict(inputs))
+        if self._given is not None:
+            self._given.append(dict(inputs))
         return super().run(inputs, release=release)
+
+    def given(self) -> list[dict[str, NDArray[Any]]]:
+        """The inputs of every run so far; further ones are let go, so that each finds the memory of the one before."""
+        given, self._given = self._given or [], None
+        return given
 
 
 def portrait(name: str, side: int, share: float) -> Pillow.Image:
@@ -128,7 +134,7 @@ def profile(name: str, photo: bytes, model: Path, detector: Path, threads: int, 
     faces = faces_of.detect(image)
     crops = cut_crops(embedder, [(image, face) for face in faces])
     vectors = batcher.embed(crops)
-    looks, embeddings = finder.given[:], network.given[:]
+    looks, embeddings = finder.given(), network.given()
 
     def whole() -> None:
         found = faces_of.detect(image)
