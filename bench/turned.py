@@ -25,10 +25,11 @@ import numpy as np
 
 from service.domain import Image
 from service.settings import BUNDLED_MODELS
-from service.vision.detector import FaceDetector, _Found, _Photo
+from service.vision.detector import FaceDetector, _Photo
 from service.vision.image import decode_image
 from service.vision.manifest import load_detector_manifest
 from service.vision.onnx import OnnxModel
+from service.vision.point_maps import Found
 from training.data import Role, celeba_photos
 from training.prepare import TIGHT_PADDING, TIGHT_SIZE, TIGHT_WINDOW
 
@@ -41,7 +42,7 @@ class Watched(FaceDetector):
 
     looks = pixels = 0
 
-    def _look(self, photo: _Photo, side: float, turns: int = 0, border: int = 0) -> _Found:
+    def _look(self, photo: _Photo, side: float, turns: int = 0, border: int = 0) -> Found:
         factor = min(1.0, side / max(photo.size))
         self.looks += 1
         self.pixels += round((photo.size[0] * factor + 2 * border) * (photo.size[1] * factor + 2 * border))
@@ -51,7 +52,7 @@ class Watched(FaceDetector):
 class Thorough(Watched):
     """Gives no orientation up at a quick look."""
 
-    def _hopeless(self, photo: _Photo, found: _Found, turns: int) -> bool:
+    def _hopeless(self, photo: _Photo, found: Found, turns: int) -> bool:
         return False
 
 

@@ -39,9 +39,10 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from service.domain import Crop, Face, Image, Landmarks
 from service.errors import VultusError
 from service.vision.alignment import Transform, align, eye_line_transform, least_squares_transform
-from service.vision.detector import SCORE_THRESHOLD, FaceDetector
+from service.vision.detector import FaceDetector
 from service.vision.image import decode_image
 from service.vision.manifest import load_detector_manifest, load_embedder_manifest
+from service.vision.point_maps import SCORE_THRESHOLD
 from service.vision.quality import searchable
 from training.data import DataError, Layout, Photo, Role, Split
 

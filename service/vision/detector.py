@@ -4,38 +4,34 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from service.domain import Box, Face, Image
-from service.vision.alignment import TEMPLATE_112, Transform, eye_line_transform, warp
+from service.vision.alignment import TEMPLATE_112, eye_line_transform, warp
 from service.vision.manifest import DetectorManifest, ModelError, load_detector_manifest
 from service.vision.onnx import OnnxModel
+from service.vision.point_maps import (
+    CONFIDENT_SCORE,
+    HINT_THRESHOLD,
+    LARGE_FACE,
+    SCORE_THRESHOLD,
+    SMALL_FACE,
+    TINY_FACE,
+    Bools,
+    Floats,
+    Found,
+    View,
+    landmarks_alone,
+    merged,
+    read_faces,
+)
 from service.vision.quality import assess
-
-Floats: TypeAlias = NDArray[np.float64]
-Bools: TypeAlias = NDArray[np.bool_]
-
-SCORE_THRESHOLD = 0.5
-"""Least detection score of a face. On 1500 CelebA photos every portrait scores 0.6 or more; of what else is
-found above 0.5 all were faces in the background, between 0.3 and 0.4 about half were hands, hair and ears."""
-
-HINT_THRESHOLD = 0.35
-"""Score from which something small is worth a closer look, at a finer scale. A face 14 px wide, which scores
-over 0.5 only every second time, scores this nine times out of ten."""
-
-OVERLAP = 0.4
-"""Intersection over union above which two boxes are the same face."""
-
-CONTAINMENT = 0.7
-"""Share of the smaller box inside the larger one above which they are the same face."""
 
 WORKING_SIDE = 480
 """Longest side of what the network sees first, pixels, at most."""
@@ -43,8 +39,8 @@ WORKING_SIDE = 480
 WORKING_SCALE = 0.5
 LEAST_SIDE = 120
 """What the network sees first is also at most half as long as the photo, but for photos below twice :data:`LEAST_SIDE`.
-In photos up to twice :data:`WORKING_SIDE` a face that may be enrolled is then at least :data:`TINY_FACE` wide; its
-landmarks come from the look at the face alone."""
+In photos up to twice :data:`WORKING_SIDE` a face that may be enrolled is then at least
+:data:`~service.vision.point_maps.TINY_FACE` wide; its landmarks come from the look at the face alone."""
 
 CLOSE_SIDE = 96
 """Side of what the network sees of a face alone, pixels."""
@@ -54,10 +50,6 @@ CLOSE_SCALE = 0.82
 
 CLOSE_SHRINK = 0.5
 """Scale of that look below which the photo is shrunk by area averaging; above, four pixels are enough for landmarks."""
-
-CLOSE_SHIFT = 14.0
-"""Pixels of that look by which landmarks may move on average, half the distance between the eyes; beyond, it has seen
-something else. Of CelebA's faces one in a hundred moves by 5."""
 
 CLOSE_BATCH = 16
 """Faces alone that are looked at in one run, at most."""
@@ -88,73 +80,14 @@ FINE_FACE = 64.0
 COARSE_FACE = 128.0
 """The coarser look at a large face makes it this wide, pixels."""
 
-TINY_FACE = 16.0
-SMALL_FACE = 24.0
-LARGE_FACE = 250.0
-"""Widths in pixels of what the network sees: below the first the photo is looked at again at a finer scale, below the
-second if there is no more than a hint, and beyond the third at a coarser one. Error of the landmarks in units of the
-distance between the eyes, 80 CelebA faces resized: 0.15 at 14 px, 0.09 at 20, 0.05 at 29 to 58, 0.035 at 88
-to 176, 0.05 at 263, 0.07 at 351, 0.13 at 527."""
-
-CONFIDENT_SCORE = 0.6
-"""Score of a face that settles by itself that a photo is upright, if its landmarks agree."""
-
 SURE_SCORE = 0.8
-"""The same where the first look at the upright photo has left doubt."""
-
-CONFIDENT_MISFIT = 9.0
-"""Root mean square distance of the landmarks from the template under the best similarity transform, pixels of
-the 112×112 crop, up to which landmarks support an orientation."""
-
-MAX_ROLL = 50.0
-"""Degrees from upright beyond which a face is turned. Above 45, so that each face is upright in one of four
-orientations at least."""
-
-MAX_ASPECT = 1.1
-"""Width over height of a box beyond which a face is turned. Upright faces are at 0.6 to 0.95, faces rotated by
-90 degrees at 1.2 to 2."""
-
-_TEMPLATE = (TEMPLATE_112.astype(np.float64) @ np.array([1, 1j]))[:, None]
-_TEMPLATE -= _TEMPLATE.mean()
-"""``complex128[5, 1]``, the template's points around their middle."""
+""":data:`CONFIDENT_SCORE` where the first look at the upright photo has left doubt."""
 
 _CLOSE_TEMPLATE = ((TEMPLATE_112 - [56.0, 68.0]) * CLOSE_SCALE + (CLOSE_SIDE - 1) / 2).astype(np.float32)
 """``float32[5, 2]``, where the landmarks lie in the look at a face alone, the middle of whose box is in the middle."""
 
 _ORIENTATIONS = (0, 1, 3, 2)
 """Quarter turns in the order in which they are tried: a camera is held sideways more often than upside down."""
-
-MIN_SIDE = 4.0
-"""Sides of a box below which it is no face, pixels of what the network sees."""
-
-
-@dataclass(frozen=True)
-class _Found:
-    """What one look, or several, found: N faces in pixels of the photo.
-
-    ``boxes``: ``[N, 4]`` left, top, right, bottom. ``landmarks``: ``[N, 5, 2]``. ``scores``: ``[N]``.
-    ``widths``: ``[N]``, in pixels of what the network saw. ``upright``, ``confident``: ``[N]``, see
-    :func:`_posture`. ``turns``: ``[N]``, quarter turns of the photo in which the face was found.
-    """
-
-    boxes: Floats
-    landmarks: Floats
-    scores: Floats
-    widths: Floats
-    upright: Bools
-    confident: Bools
-    turns: NDArray[np.intp]
-
-    def __len__(self) -> int:
-        return len(self.scores)
-
-    def where(self, chosen: NDArray[Any]) -> _Found:
-        """The faces of a mask ``bool[N]`` or of indices."""
-        return _Found(**{name: values[chosen] for name, values in vars(self).items()})
-
-    def faces(self) -> _Found:
-        """Those with the score of a face, without mere hints."""
-        return self.where(self.scores >= SCORE_THRESHOLD)
 
 
 class FaceDetector:
@@ -235,13 +168,13 @@ class FaceDetector:
         found = self._refined(photo, found, turns)
         # A face that is upright in no orientation is no face.
         kept = np.flatnonzero(found.upright & (found.scores >= self._least_score))
-        largest_first = np.argsort(-_areas(found.boxes[kept]), kind="stable")
+        largest_first = np.argsort(-found.areas()[kept], kind="stable")
         faces = self._looked_at_alone(image, found.where(kept[largest_first]))
         return [_face(image, faces, index) for index in range(len(faces))]
 
-    def _oriented(self, photo: _Photo) -> tuple[_Found, int]:
+    def _oriented(self, photo: _Photo) -> tuple[Found, int]:
         """Faces and hints of the best orientation, and which one it is in quarter turns."""
-        looks: dict[int, _Found] = {}
+        looks: dict[int, Found] = {}
         for turns in _ORIENTATIONS:
             if turns and self._hopeless(photo, looks[0], turns):
                 looks[turns] = looks[0].where(np.array([], dtype=np.intp))
@@ -252,7 +185,7 @@ class FaceDetector:
             if undisputed and _settled(look, CONFIDENT_SCORE if turns == 0 else SURE_SCORE):
                 return look, turns
             close = self._look(photo, COARSE_SIDE, turns, COARSE_BORDER)
-            look = _merged([look, close])
+            look = merged([look, close])
             if undisputed and _settled(look, SURE_SCORE):
                 return look, turns
             looks[turns] = look
@@ -262,32 +195,32 @@ class FaceDetector:
         best = max(_ORIENTATIONS, key=lambda turns: _support(looks[turns]))
         if best != 0:
             looks[0] = looks[0].where(_certain(looks[0]))
-        return _merged([looks[turns] for turns in _ORIENTATIONS]), best
+        return merged([looks[turns] for turns in _ORIENTATIONS]), best
 
-    def _hopeless(self, photo: _Photo, found: _Found, turns: int) -> bool:
+    def _hopeless(self, photo: _Photo, found: Found, turns: int) -> bool:
         """Whether none of the faces, as ``found`` in the photo as it is, can be upright in another orientation."""
         faces = found.faces()
         factor = min(1.0, QUICK_SIDE / max(photo.size))
-        if not len(faces) or _widths(faces).min() * factor < SMALL_FACE:
+        if not len(faces) or faces.sides().min() * factor < SMALL_FACE:
             return False
         return not self._look(photo, QUICK_SIDE, turns, QUICK_BORDER).upright.any()
 
-    def _refined(self, photo: _Photo, found: _Found, turns: int) -> _Found:
+    def _refined(self, photo: _Photo, found: Found, turns: int) -> Found:
         """``found``, with faces that another scale shows better replaced, and those that it adds."""
         longest = max(photo.size)
         looks = [found]
         if found.widths[found.scores >= SCORE_THRESHOLD].max(initial=0.0) > LARGE_FACE:
-            side = longest * COARSE_FACE / _widths(found.faces()).max()
+            side = longest * COARSE_FACE / found.faces().sides().max()
             looks.append(self._look(photo, side, turns, COARSE_BORDER))
         widths, sure = found.widths[found.upright], found.scores[found.upright] >= SCORE_THRESHOLD
         if (widths < np.where(sure, TINY_FACE, SMALL_FACE)).any() or not sure.any():
-            wanted = longest * FINE_FACE / _widths(found)[found.upright].min() if len(widths) else FINE_SIDE
+            wanted = longest * FINE_FACE / found.sides()[found.upright].min() if len(widths) else FINE_SIDE
             side = min(FINE_SIDE, longest, wanted if sure.any() else max(wanted, WORKING_SIDE))
             if side > _first_side(photo):
                 looks.append(self._look(photo, side, turns))
-        return looks[0] if len(looks) == 1 else _merged(looks)
+        return looks[0] if len(looks) == 1 else merged(looks)
 
-    def _look(self, photo: _Photo, side: float, turns: int = 0, border: int = 0) -> _Found:
+    def _look(self, photo: _Photo, side: float, turns: int = 0, border: int = 0) -> Found:
         """One run of the network on ``photo``, shrunk to ``side`` and rotated by ``turns`` quarter turns."""
         width, height = photo.size
         factor = min(1.0, side / max(height, width))
@@ -295,7 +228,7 @@ class FaceDetector:
         found = self._run(np.ascontiguousarray(np.rot90(photo.shrunk(seen), turns)), border, turns)
         return _to_photo(found, seen, (width, height))
 
-    def _looked_at_alone(self, image: Image, faces: _Found) -> _Found:
+    def _looked_at_alone(self, image: Image, faces: Found) -> Found:
         """``faces`` with the landmarks that the network gives them when each is shown alone and upright."""
         landmarks = faces.landmarks.copy()
         for start in range(0, len(faces), CLOSE_BATCH):
@@ -312,9 +245,9 @@ class FaceDetector:
             self._fill(planes, warp(image, transform, CLOSE_SIDE, shrink_below=CLOSE_SHRINK))
         stride = self._manifest.output.stride
         looks = zip(zip(*self._maps(batch), strict=True), transforms, landmarks, boxes, strict=True)
-        return np.array([_seen_alone(maps, stride, *face) for maps, *face in looks])
+        return np.array([landmarks_alone(maps, stride, *face) for maps, *face in looks])
 
-    def _run(self, image: Image, border: int, turns: int) -> _Found:
+    def _run(self, image: Image, border: int, turns: int) -> Found:
         """Faces and hints in ``image`` as it is, in its own pixels."""
         height, width = image.shape[:2]
         rows, columns = (_padded(side + 2 * border, self._manifest.input.multiple) for side in (height, width))
@@ -324,7 +257,8 @@ class FaceDetector:
         with self._large if large else nullcontext():
             maps = [values[0] for values in self._maps(batch, release=large)]
         least = min(HINT_THRESHOLD, self._least_score)
-        return _decoded(maps, self._manifest.output.stride, border, (width, height), turns, least)
+        view = View(self._manifest.output.stride, border, (width, height), turns)
+        return read_faces(maps, view, least)
 
     def _fill(self, planes: NDArray[np.float32], image: Image) -> None:
         """Write ``image`` into ``float32[3, H, W]`` as the network wants it."""
@@ -388,101 +322,7 @@ def _padded(side: int, multiple: int) -> int:
     return math.ceil(side / step) * step
 
 
-def _decoded(
-    maps: Sequence[NDArray[np.float32]], stride: int, border: int, size: tuple[int, int], turns: int, least: float
-) -> _Found:
-    """Faces and hints of the heatmap, scale, offset and landmark maps ``[C, h, w]``, without overlaps.
-
-    What each map holds stands in :class:`~service.vision.manifest.PointMaps`. Whatever is not a face by its
-    geometry (not finite, without area, larger than the photo by far, its middle outside) is left out.
-    """
-    cells = np.flatnonzero(maps[0][0] >= least)
-    places = np.stack(np.divmod(cells, maps[0].shape[2]))
-    values = np.concatenate([one.reshape(len(one), -1)[:, cells] for one in maps]).astype(np.float64)
-    finite = np.isfinite(values).all(axis=0)
-    if not finite.all():
-        places, values = places[:, finite], values[:, finite]
-    # Pairs are (y, x) here, as the network gives them, and the faces stand in the last axis: there are few of them.
-    scores, scale, offset, points = values[0], values[1:3], values[3:5], values[5:].reshape(5, 2, -1)
-    # What would overflow is cut to what the next lines throw away.
-    sides = np.exp(np.minimum(np.maximum(scale, -20), 20)) * stride
-    middle = (places + offset + 0.5) * stride - border
-    corner = middle - sides / 2
-    points = corner + np.minimum(np.maximum(points, -0.5), 1.5) * sides
-    limits = np.array(size[::-1], dtype=np.float64)[:, None]
-    plausible = (
-        ((points.max(axis=0) - points.min(axis=0)).max(axis=0) > 1.0)
-        & (sides >= MIN_SIDE).all(axis=0)
-        & (sides <= 2 * limits + MIN_SIDE).all(axis=0)
-        & (middle >= 0).all(axis=0)
-        & (middle <= limits).all(axis=0)
-    )
-    upright, confident = _posture(sides, points, scores)
-    found = _Found(
-        boxes=np.concatenate([corner[::-1], (corner + sides)[::-1]]).T,
-        landmarks=points[:, ::-1].transpose(2, 0, 1),
-        scores=np.minimum(scores, 1.0),
-        widths=sides.min(axis=0),
-        upright=upright,
-        confident=confident,
-        turns=np.full(len(scores), turns),
-    )
-    return _without_overlaps(found if plausible.all() else found.where(plausible))
-
-
-def _seen_alone(
-    maps: Sequence[NDArray[np.float32]], stride: int, transform: Transform, landmarks: Floats, box: Floats
-) -> Floats:
-    """Landmarks ``[5, 2]`` of the surest face in the middle of a look at it alone, pixels of the photo.
-
-    ``maps``: ``[C, h, w]`` each, see :class:`~service.vision.manifest.PointMaps`. ``transform``: photo to look. If the
-    look does not show the face that has about these ``landmarks`` and this ``box``, they stay as they are.
-    """
-    heat = maps[0][0]
-    above, beside = heat.shape[0] // 4, heat.shape[1] // 4
-    middle = heat[above:-above, beside:-beside]
-    row, column = divmod(int(middle.argmax()), middle.shape[1])
-    row, column = row + above, column + beside
-    # Five points are too few for arrays to pay.
-    values: list[float] = [value for one in maps for value in one[:, row, column].tolist()]
-    if not (values[0] >= HINT_THRESHOLD and all(map(math.isfinite, values))):
-        return landmarks
-    height, width = (math.exp(min(max(value, -20.0), 20.0)) * stride for value in values[1:3])
-    top, left = (row + values[3] + 0.5) * stride - height / 2, (column + values[4] + 0.5) * stride - width / 2
-    ys, xs = ([min(max(value, -0.5), 1.5) for value in values[first::2]] for first in (5, 6))
-    # Pixels of the look count from the centre of the first one.
-    seen = [complex(left + x * width - 0.5, top + y * height - 0.5) for x, y in zip(xs, ys, strict=True)]
-    # A point of the photo is turn · point + shift in the look.
-    turn, shift = complex(transform[0, 0], transform[1, 0]), complex(transform[0, 2], transform[1, 2])
-    before = [turn * complex(x, y) + shift for x, y in landmarks.tolist()]
-    moved = sum(abs(one - other) for one, other in zip(seen, before, strict=True)) / len(seen)
-    points = [(point - shift) / turn for point in seen]
-    left, top, right, bottom = box.tolist()
-    x, y, width, height = (left + right) / 2, (top + bottom) / 2, right - left, bottom - top
-    near = all(abs(point.real - x) <= width and abs(point.imag - y) <= height for point in points)
-    return np.array([(point.real, point.imag) for point in points]) if moved <= CLOSE_SHIFT and near else landmarks
-
-
-def _posture(sides: Floats, landmarks: Floats, scores: Floats) -> tuple[Bools, Bools]:
-    """Which faces stand upright in what the network saw, and which of those leave no doubt.
-
-    ``sides``: ``[2, N]``, ``landmarks``: ``[5, 2, N]``, both (y, x); ``scores``: ``[N]``.
-
-    The landmarks are compared with the 112×112 template by the similarity transform that fits best, whose
-    angle and residual tell. Of 300 CelebA photos at half their size, rotated by 90, 180 and 270 degrees, 2 of the
-    652 faces found are confident; of the same photos as they are, all 300.
-    """
-    points = landmarks[:, 1] + 1j * landmarks[:, 0]
-    points -= points.sum(axis=0) / 5
-    spread = np.maximum((np.abs(points) ** 2).sum(axis=0), 1e-12)
-    turn = (points.conj() * _TEMPLATE).sum(axis=0) / spread
-    roll = np.degrees(np.abs(np.arctan2(turn.imag, turn.real)))
-    misfit = np.sqrt((np.abs(turn * points - _TEMPLATE) ** 2).sum(axis=0) / 5)
-    upright = (roll <= MAX_ROLL) & (sides[1] <= MAX_ASPECT * sides[0])
-    return upright, upright & (scores >= CONFIDENT_SCORE) & (misfit <= CONFIDENT_MISFIT)
-
-
-def _to_photo(found: _Found, seen: tuple[int, int], size: tuple[int, int]) -> _Found:
+def _to_photo(found: Found, seen: tuple[int, int], size: tuple[int, int]) -> Found:
     """From pixels of the rotated small picture to pixels of the photo.
 
     ``seen``, ``size``: width and height of the small picture before it was rotated, and of the photo.
@@ -510,67 +350,25 @@ def _to_photo(found: _Found, seen: tuple[int, int], size: tuple[int, int]) -> _F
     return replace(found, boxes=boxes, landmarks=back(found.landmarks))
 
 
-def _settled(found: _Found, score: float) -> bool:
+def _settled(found: Found, score: float) -> bool:
     """This orientation is right: a confident face of at least this score says so, none says otherwise."""
     return bool((found.confident & (found.scores >= score)).any()) and not bool(
         (~found.upright & (found.scores >= SCORE_THRESHOLD)).any()
     )
 
 
-def _certain(found: _Found) -> Bools:
+def _certain(found: Found) -> Bools:
     """Faces to believe where the orientation is in doubt; a head in profile fits the template badly."""
     return found.confident | (found.upright & (found.scores >= SURE_SCORE))
 
 
-def _support(found: _Found) -> float:
+def _support(found: Found) -> float:
     """Sum of the scores of the faces that are upright in an orientation."""
     faces = found.faces()
     return float(faces.scores[faces.upright].sum())
 
 
-def _merged(looks: Sequence[_Found]) -> _Found:
-    """All faces of several looks at one photo, each once, as the look saw it that suits it best."""
-    names = vars(looks[0])
-    return _without_overlaps(_Found(**{n: np.concatenate([vars(look)[n] for look in looks]) for n in names}))
-
-
-def _without_overlaps(found: _Found) -> _Found:
-    """Greedy suppression: the best face stays, what overlaps it goes, then the best of the rest."""
-    remaining = np.argsort(-_worth(found), kind="stable")
-    kept: list[int] = []
-    boxes, areas = found.boxes, _areas(found.boxes)
-    while len(remaining):
-        best, remaining = int(remaining[0]), remaining[1:]
-        kept.append(best)
-        low = np.maximum(boxes[best, :2], boxes[remaining, :2])
-        high = np.minimum(boxes[best, 2:], boxes[remaining, 2:])
-        both = np.maximum(high - low, 0.0)
-        shared = both[:, 0] * both[:, 1]
-        union = areas[best] + areas[remaining] - shared
-        smaller = np.minimum(areas[best], areas[remaining])
-        remaining = remaining[(shared <= OVERLAP * union) & (shared <= CONTAINMENT * smaller)]
-    return found.where(np.array(kept, dtype=np.intp))
-
-
-def _worth(found: _Found) -> Floats:
-    """Which of two views of one face to keep: upright before turned, then score, at a size that suits."""
-    widths = np.maximum(found.widths, 1.0)
-    suits = np.sqrt(np.minimum(1.0, np.minimum(widths / (2 * SMALL_FACE), LARGE_FACE / widths)))
-    worth: Floats = found.scores * suits * np.where(found.upright, 1.0, 0.1)
-    return worth
-
-
-def _widths(found: _Found) -> Floats:
-    """The shorter sides of the boxes, pixels of the photo."""
-    sides: Floats = (found.boxes[:, 2:] - found.boxes[:, :2]).min(axis=1)
-    return sides
-
-
-def _areas(boxes: Floats) -> Floats:
-    return np.asarray((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]), dtype=np.float64)
-
-
-def _face(image: Image, found: _Found, index: int) -> Face:
+def _face(image: Image, found: Found, index: int) -> Face:
     left, top, right, bottom = (float(value) for value in found.boxes[index])
     # The network measures from the corner of the first pixel, landmarks count from its centre.
     landmarks = (found.landmarks[index] - 0.5).astype(np.float32)

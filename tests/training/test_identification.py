@@ -11,7 +11,7 @@ from PIL import Image as Pillow
 
 from service.domain import Image
 from service.evaluation import Plan
-from service.vision.detector import SCORE_THRESHOLD
+from service.vision.point_maps import SCORE_THRESHOLD
 from training.data import DataError, Layout, Role, celeba_photos, folder_photos
 from training.identification import identification
 from training.prepare import INDEX, Acquired, Target, load_prepared, prepare
