@@ -32,9 +32,11 @@ MIN_SCORE = 0.5
 HALF_SHARP = 60.0
 """Variance of the Laplacian, in squared grey levels, at which sharpness is 0.5."""
 
-_CROP_SIZE = 112
-_CENTRE = slice(24, 104), slice(20, 92)
-"""Rows and columns of the crop that eyes, nose and mouth fill; hair and background would count otherwise."""
+_CENTRE_SIZE = 80
+_CENTRE_TEMPLATE = TEMPLATE_112 - np.array([16, 24], dtype=np.float32)
+_CENTRE = slice(4, 76)
+"""The part of the 112×112 crop that eyes, nose and mouth fill, rows 24 to 103 and columns 20 to 91; hair and background
+would count otherwise. Only a square of it that holds this part is cut."""
 
 _MODEL: NDArray[np.float64] = np.array(
     [[-0.5, 0.0, 0.0], [0.5, 0.0, 0.0], [0.0, 0.59, -0.44], [-0.43, 1.03, 0.0], [0.43, 1.03, 0.0]]
@@ -166,8 +168,8 @@ def _sharpness(image: Image, landmarks: Landmarks) -> float:
     different sizes comparable: detail that the crop cannot hold does not count, a small face that is
     enlarged to fill the crop is as blurred as it looks.
     """
-    crop = align(image, landmarks, TEMPLATE_112, _CROP_SIZE)
-    grey = cv2.cvtColor(crop[_CENTRE], cv2.COLOR_RGB2GRAY)
+    crop = align(image, landmarks, _CENTRE_TEMPLATE, _CENTRE_SIZE)
+    grey = cv2.cvtColor(crop[:, _CENTRE], cv2.COLOR_RGB2GRAY)
     deviation = float(cv2.meanStdDev(cv2.Laplacian(grey, cv2.CV_16S))[1][0, 0])
     variance = deviation * deviation
     return variance / (variance + HALF_SHARP)
