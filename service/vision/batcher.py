@@ -192,7 +192,9 @@ class Batcher:
     def _end_run(self) -> None:
         with self._changed:
             self._running -= 1
-            self._changed.notify_all()
+            # A worker woken for nothing would take the interpreter from whoever goes on with the answer.
+            if self._queue or self._closed:
+                self._changed.notify_all()
 
     def _answer(self, crops: Crops) -> Embeddings:
         embeddings = self._embed(crops)
