@@ -159,14 +159,26 @@ def test_large_faces_do_not_alias(faces: dict[str, tuple[Image, Face]], name: st
     assert psnr(crop, exact) > psnr(np.asarray(plain, dtype=np.uint8), exact) + 6
 
 
+@pytest.mark.parametrize("scale", [0.1, 0.23, 0.3, 0.37, 0.5])
 @pytest.mark.parametrize("axis", [0, 1])
-def test_shrinking_moves_nothing(axis: int) -> None:
+def test_shrinking_moves_nothing(axis: int, scale: float) -> None:
     ramp = np.tile(np.arange(256, dtype=np.uint8)[:, None, None], (1, 256, 3))
     ramp = ramp if axis == 0 else ramp.transpose(1, 0, 2).copy()
-    crop = warp(ramp, np.array([[0.1, 0, 3.0], [0, 0.1, 3.0]]), 32)
-    line = crop[:, 16, 0] if axis == 0 else crop[16, :, 0]
-    expected = (np.arange(32) - 3) / 0.1
-    assert np.abs(line[6:26].astype(float) - expected[6:26]).max() < 1.5
+    size = round(320 * scale)
+    crop = warp(ramp, np.array([[scale, 0, 3.0], [0, scale, 3.0]]), size)
+    line = crop[:, size // 2, 0] if axis == 0 else crop[size // 2, :, 0]
+    expected = (np.arange(size) - 3) / scale
+    seen = slice(4, round(253 * scale))
+    assert np.abs(line[seen].astype(float) - expected[seen]).max() < 1.5
+
+
+@pytest.mark.parametrize("height", [1, 7, 15, 16, 29])
+def test_a_strip_of_a_photo_is_seen_in_the_crop(height: int) -> None:
+    """Scaled down by 20, whatever its height, also where it is narrower than a block of pixels; no more than one is lost."""
+    strip = np.full((height, 3000, 3), 200, dtype=np.uint8)
+    crop = warp(strip, np.array([[0.05, 0, 0], [0, 0.05, 20]]), 40)
+    assert crop[15:25, 5:35].max() > 50
+    assert crop[15:25, 5:35].mean(axis=(1, 2)).sum() / 200 == pytest.approx(height * 0.05, abs=1)
 
 
 def test_outside_of_the_photo_is_black() -> None:
