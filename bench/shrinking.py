@@ -13,28 +13,18 @@ import os
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
 from bench.pipeline import FACES, IMAGES, LIMIT, timed
-from service.domain import Image
 from service.settings import BUNDLED_MODELS
-from service.vision.alignment import TEMPLATE_112, Transform, eye_line_transform, warp
+from service.vision.alignment import TEMPLATE_112, eye_line_transform, warp
 from service.vision.detector import FaceDetector
 from service.vision.image import decode_image
+from tests.support import supersampled
 
 SIZE = 112
-SAMPLES = 8
 NOISE = 25
 SIZES = (0.5, 0.6, 0.7, 0.8, 1.0, 1.25, 1.5, 2.0, 3.0)
 REPEATS = 21
-
-
-def supersampled(image: Image, transform: Transform) -> NDArray[np.float64]:
-    """The crop with 8×8 samples for each pixel."""
-    middle = (SAMPLES - 1) / 2
-    finer = np.array([[SAMPLES, 0, middle], [0, SAMPLES, middle], [0, 0, 1]]) @ np.vstack([transform, [0, 0, 1]])
-    large = cv2.warpAffine(image, finer[:2], (SIZE * SAMPLES, SIZE * SAMPLES), flags=cv2.INTER_LINEAR)
-    return cv2.resize(large, (SIZE, SIZE), interpolation=cv2.INTER_AREA).astype(np.float64)
 
 
 def main() -> None:
@@ -56,7 +46,7 @@ def main() -> None:
             noise = np.random.default_rng(0).normal(0, NOISE, plain.shape)
             errors = []
             for image in (plain, np.clip(plain + noise, 0, 255).astype(np.uint8)):
-                exact = supersampled(image, transform)
+                exact = supersampled(image, transform, SIZE).astype(np.float64)
                 for crop in (warp(image, transform, SIZE, shrink_below=0), warp(image, transform, SIZE)):
                     errors.append(float(np.sqrt(np.mean((crop - exact) ** 2))))
             (taken,) = timed(lambda plain=plain, transform=transform: warp(plain, transform, SIZE), repeats=REPEATS)

@@ -1,4 +1,4 @@
-"""The real service as its users meet it: a process of its own, reached over HTTP."""
+"""The real service as its users meet it: a process of its own, reached over HTTP; and what crops are measured against."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import cv2
 import httpx
+import numpy as np
+
+from service.domain import Crop, Image
+from service.vision.alignment import Transform
 
 IMAGES = Path(__file__).parent / "images"
 START_SECONDS = 60
@@ -20,6 +25,13 @@ START_SECONDS = 60
 def photo(name: str) -> bytes:
     """Return the bytes of a photo in tests/images."""
     return (IMAGES / name).read_bytes()
+
+
+def supersampled(image: Image, transform: Transform, size: int) -> Crop:
+    """The crop with 8×8 samples for each pixel."""
+    finer = np.array([[8, 0, 3.5], [0, 8, 3.5], [0, 0, 1]]) @ np.vstack([transform, [0, 0, 1]])
+    large = cv2.warpAffine(image, finer[:2], (size * 8, size * 8), flags=cv2.INTER_LINEAR)
+    return np.asarray(cv2.resize(large, (size, size), interpolation=cv2.INTER_AREA), dtype=np.uint8)
 
 
 def free_port() -> int:

@@ -22,6 +22,7 @@ from service.vision.alignment import (
 )
 from service.vision.detector import FaceDetector
 from service.vision.image import decode_image
+from tests.support import supersampled
 
 ROOT = Path(__file__).parents[2]
 PHOTOS = ["obama.jpg", "obama2.jpg", "obama3.jpg", "biden.jpg", "astronaut.png"]
@@ -136,13 +137,6 @@ def test_no_transform_from_nothing(transform, landmarks) -> None:  # type: ignor
 def test_template_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="read-only"):
         TEMPLATE_112[0, 0] = 1
-
-
-def supersampled(image: Image, transform: Transform, size: int) -> Crop:
-    """The crop with 8×8 samples for each pixel."""
-    finer = np.array([[8, 0, 3.5], [0, 8, 3.5], [0, 0, 1]]) @ np.vstack([transform, [0, 0, 1]])
-    large = cv2.warpAffine(image, finer[:2], (size * 8, size * 8), flags=cv2.INTER_LINEAR)
-    return np.asarray(cv2.resize(large, (size, size), interpolation=cv2.INTER_AREA), dtype=np.uint8)
 
 
 @pytest.mark.parametrize("name", PHOTOS)
